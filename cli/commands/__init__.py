@@ -1,0 +1,1 @@
+"""One module per command. Each parses its options, calls the library, and prints."""

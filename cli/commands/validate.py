@@ -1,0 +1,39 @@
+"""``orthomerge validate``: check recipe files without opening a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from orthomerge_cli.options import Json, Set
+from orthomerge_cli.session import print_json
+
+
+def validate(
+    recipes: Annotated[list[Path], typer.Argument(help="YAML recipes.")],
+    settings: Set = None,
+    json: Json = False,
+) -> None:
+    """Check recipes: keys, types, method, parameters. Models are not opened.
+
+    Every problem of every file is reported, with line and column.
+    """
+    from orthomerge.errors import OrthoMergeError, ProblemsError
+    from orthomerge.recipe.loader import load_recipe
+
+    problems: list[OrthoMergeError] = []
+    for path in recipes:
+        try:
+            load_recipe(path, settings or [])
+        except ProblemsError as error:
+            problems += error.problems
+        except OrthoMergeError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+    if json:
+        print_json({"valid": [str(path) for path in recipes]})
+    else:
+        for path in recipes:
+            typer.echo(f"{path}: valid")

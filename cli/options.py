@@ -1,0 +1,128 @@
+"""Options that several commands share, and how they become one recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from orthomerge_cli.session import SESSION
+
+if TYPE_CHECKING:
+    from orthomerge.recipe.schema import MergeRecipe
+
+__all__ = [
+    "BackMap",
+    "Base",
+    "Budget",
+    "ComputeDtype",
+    "Device",
+    "Dtype",
+    "Json",
+    "Method",
+    "Missing",
+    "Models",
+    "NoProvenance",
+    "Output",
+    "Recipe",
+    "Set",
+    "ShardSize",
+    "Weights",
+    "Workers",
+    "gather_recipe",
+]
+
+
+def _json(value: bool) -> bool:
+    SESSION.json = value
+    return value
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object.", callback=_json, is_eager=True)
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[MODEL]...", help="Files, folders or hf:org/name to merge."),
+]
+Recipe = Annotated[Path | None, typer.Option("--recipe", "-r", help="YAML recipe to start from.")]
+Base = Annotated[str | None, typer.Option("--base", help="Model they were fine-tuned from.")]
+Method = Annotated[
+    str | None, typer.Option("--method", "-m", help="Method id; default: what the models suggest.")
+]
+Weights = Annotated[
+    list[float] | None, typer.Option("--weight", "-w", help="Weight of each model, in order.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Method parameter, or a recipe's dotted key."),
+]
+Output = Annotated[
+    str | None,
+    typer.Option("--output", "-o", help="Folder, or file ending in .safetensors."),
+]
+Dtype = Annotated[str | None, typer.Option("--dtype", help="Output dtype, e.g. bfloat16.")]
+ComputeDtype = Annotated[
+    str | None, typer.Option("--compute-dtype", help="float32 or float64 arithmetic.")
+]
+ShardSize = Annotated[
+    str | None, typer.Option("--max-shard-size", help="Largest output file, e.g. 5GB.")
+]
+Missing = Annotated[
+    str | None,
+    typer.Option("--missing", help="Tensors not in every model: error, copy-base or skip."),
+]
+BackMap = Annotated[str | None, typer.Option("--back-map", help="OFT: auto, as_trained or exact.")]
+Budget = Annotated[str | None, typer.Option("--memory-budget", help="Working memory, e.g. 8GB.")]
+Workers = Annotated[int | None, typer.Option("--workers", help="Threads; default: one per core.")]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda or cuda:N.")]
+NoProvenance = Annotated[
+    bool, typer.Option("--no-provenance", help="Do not record how the output was made.")
+]
+
+
+def gather_recipe(
+    models: list[str] | None,
+    recipe: Path | None,
+    weights: list[float] | None,
+    settings: list[str] | None,
+    *,
+    no_provenance: bool = False,
+    **options: Any,
+) -> MergeRecipe:
+    """Combine a recipe file and command-line options into one checked recipe.
+
+    Options win over the file; ``--set`` wins over both. Option names are dotted recipe keys with
+    ``__`` for the dot.
+    """
+    from orthomerge.errors import RecipeError
+    from orthomerge.recipe.loader import recipe_from_data
+    from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+
+    if recipe is None and not models:
+        raise typer.BadParameter("Give models to merge, or --recipe FILE.")
+    document = load_yaml_file(recipe) if recipe else Document({}, "command line")
+    if not isinstance(document.data, dict):
+        raise RecipeError("a recipe is a mapping with at least the key models", file=recipe)
+    data = dict(document.data)
+    if models:
+        data["models"] = [{"path": model} for model in models]
+    if weights:
+        entries = [e if isinstance(e, dict) else {"path": e} for e in data.get("models") or []]
+        if len(entries) != len(weights):
+            raise typer.BadParameter(
+                f"{len(weights)} --weight for {len(entries)} models: give one per model, in order."
+            )
+        data["models"] = [{**e, "weight": w} for e, w in zip(entries, weights, strict=True)]
+    if no_provenance:
+        options["output__provenance"] = False
+    for name, value in options.items():
+        if value is not None:
+            *parents, key = name.split("__")
+            target = data
+            for parent in parents:
+                target[parent] = dict(target.get(parent) or {})
+                target = target[parent]
+            target[key] = value
+    document.data = data
+    return recipe_from_data(document, settings or [])

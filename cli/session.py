@@ -1,0 +1,93 @@
+"""What all commands share: how errors end the program, and how results are printed.
+
+Exit codes: 0 ok, 1 bug, 2 usage, 3 checkpoint or adapter, 4 recipe, 5 numerical, 6 resources,
+7 verification mismatch, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from orthomerge.errors import OrthoMergeError, ProblemsError
+
+__all__ = ["SESSION", "Session", "print_json", "run_guarded"]
+
+INTERRUPTED = 130
+
+
+@dataclass
+class Session:
+    """Settings of this invocation that every command needs."""
+
+    debug: bool = False
+    json: bool = False
+
+
+SESSION = Session()
+
+
+def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
+    """Run the application and turn its errors into one message and an exit code.
+
+    ``--debug`` shows the trace; with ``--json`` the error is one JSON object on standard output.
+    """
+    SESSION.debug = SESSION.json = False
+    try:
+        app(list(arguments), standalone_mode=True)
+    except SystemExit as exit_request:
+        return exit_request.code if isinstance(exit_request.code, int) else 1
+    except OrthoMergeError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _report_bug(error)
+    return 0
+
+
+def print_json(content: Any) -> None:
+    """Print one JSON object on standard output."""
+    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+
+
+def _report(error: OrthoMergeError) -> int:
+    if SESSION.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    if SESSION.json:
+        print_json(error.as_dict())
+    else:
+        count = len(error.problems) if isinstance(error, ProblemsError) else 1
+        head = "error: " if count == 1 else ""
+        typer.echo(f"{head}{_printable(str(error))}", err=True)
+    return error.exit_code
+
+
+def _report_bug(error: Exception) -> int:
+    if SESSION.debug:
+        import traceback
+
+        traceback.print_exception(error)
+    text = f"{type(error).__name__}: {error}"
+    if SESSION.json:
+        print_json({"error": "Bug", "exit_code": 1, "problem": text})
+    else:
+        typer.echo(f"this is a bug in orthomerge: {_printable(text)}", err=True)
+        typer.echo("Please report it with the output of the same command with --debug.", err=True)
+    return 1
+
+
+def _printable(text: str) -> str:
+    """Neutralise control characters: names come from files, and files from strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -1,0 +1,116 @@
+"""How plans and results look, as text and as JSON-ready facts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+from orthomerge_cli.session import print_json
+
+from orthomerge.recipe.sizes import format_size
+
+if TYPE_CHECKING:
+    from orthomerge.merging.plan import Plan
+    from orthomerge.merging.run import MergeResult
+
+__all__ = ["announce", "plan_facts", "print_plan", "print_result", "result_facts"]
+
+_MOST_NOTES = 8
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Return what a plan says, JSON-ready."""
+    kinds: dict[str, int] = {}
+    for task in plan.tasks:
+        kinds[task.kind] = kinds.get(task.kind, 0) + 1
+    return {
+        "method": plan.method.name,
+        "space": plan.method.space.value,
+        "models": [{"origin": m.origin, "kind": m.description} for m in plan.models],
+        "base": plan.base and {"origin": plan.base.origin, "kind": plan.base.description},
+        "parameters": dict(plan.request.parameters),
+        "output": plan.request.output and str(plan.request.output),
+        "tensors": len(plan.tasks),
+        "tasks": kinds,
+        "shards": [shard.filename for shard in plan.layout.shards],
+        "compute_dtype": plan.compute_dtype,
+        "output_dtypes": plan.output_dtypes,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_working_memory_bytes": plan.peak_bytes,
+        "memory_budget_bytes": plan.budget_bytes,
+        "workers": plan.workers,
+        "device": plan.request.device,
+        "notes": list(plan.notes),
+        "plan_hash": plan.hash(),
+    }
+
+
+def announce(plan: Plan) -> None:
+    """Say on standard error what was decided about the inputs and the method."""
+    for source in plan.models:
+        typer.echo(f"model  {source.origin}  ({source.description})", err=True)
+    if plan.base:
+        typer.echo(f"base   {plan.base.origin}  ({plan.base.description})", err=True)
+    chosen = "" if plan.request.method else ", chosen by the inputs"
+    typer.echo(f"method {plan.method.name}{chosen}", err=True)
+    _print_notes(plan)
+
+
+def print_plan(plan: Plan, *, as_json: bool) -> None:
+    """Print a plan."""
+    facts = plan_facts(plan)
+    if as_json:
+        return print_json(facts)
+    announce(plan)
+    dtypes = ", ".join(f"{name} {format_size(size)}" for name, size in plan.output_dtypes.items())
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tasks"].items())
+    files = len(plan.layout.shards)
+    typer.echo(f"tensors         {len(plan.tasks)} ({kinds})")
+    typer.echo(f"compute dtype   {plan.compute_dtype}, rounded once to the output dtype")
+    typer.echo(f"output          {facts['output'] or 'in memory'}: {files} file(s), {dtypes}")
+    typer.echo(f"reads           {format_size(plan.read_bytes)}")
+    typer.echo(f"writes          {format_size(plan.write_bytes)}")
+    typer.echo(
+        f"working memory  {format_size(plan.peak_bytes)} of a budget of "
+        f"{format_size(plan.budget_bytes)}, beside Python and torch"
+    )
+    typer.echo(f"runs on         {plan.request.device}, {plan.workers} thread(s)")
+
+
+def result_facts(result: MergeResult) -> dict[str, Any]:
+    """Return what a finished merge says, JSON-ready."""
+    return {
+        **plan_facts(result.plan),
+        "seconds": round(result.seconds, 3),
+        "resumed_tensors": result.resumed_tensors,
+        "rotations": result.rotations,
+    }
+
+
+def print_result(result: MergeResult) -> None:
+    """Print a finished merge on standard error and the output's path on standard output."""
+    speed = result.plan.read_bytes / max(result.seconds, 1e-9)
+    resumed = f", {result.resumed_tensors} of them resumed" if result.resumed_tensors else ""
+    typer.echo(
+        f"merged {len(result.plan.tasks)} tensors{resumed} in {result.seconds:.1f} s "
+        f"({format_size(speed)}/s read)",
+        err=True,
+    )
+    if result.rotations:
+        angle = max(r["largest_angle_degrees"] for r in result.rotations.values())
+        residual = max(r["orthogonality_residual"] for r in result.rotations.values())
+        typer.echo(
+            f"rotations: largest angle {angle:.2f}°, distance from orthogonality {residual:.1e}",
+            err=True,
+        )
+    typer.echo(str(result.output))
+
+
+def _print_notes(plan: Plan) -> None:
+    for note in plan.notes[:_MOST_NOTES]:
+        typer.echo(f"note   {note}", err=True)
+    if len(plan.notes) > _MOST_NOTES:
+        typer.echo(
+            f"note   … and {len(plan.notes) - _MOST_NOTES} more (--json lists all)", err=True
+        )

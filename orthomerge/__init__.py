@@ -1,0 +1,52 @@
+"""Geometry-preserving model merging on safetensors checkpoints and PEFT adapters.
+
+``merge`` and ``plan`` are the doors for scripts; ``linalg`` holds the geometry. Names are loaded on
+first use: importing this package imports neither torch nor transformers nor peft.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orthomerge import linalg
+    from orthomerge.errors import OrthoMergeError
+    from orthomerge.merging.registry import merge_method
+    from orthomerge.merging.run import MergeResult
+    from orthomerge.merging.spaces import Space
+    from orthomerge.recipe.run import merge, plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MergeResult",
+    "OrthoMergeError",
+    "Space",
+    "__version__",
+    "linalg",
+    "merge",
+    "merge_method",
+    "plan",
+]
+
+_HOMES = {
+    "MergeResult": "orthomerge.merging.run",
+    "OrthoMergeError": "orthomerge.errors",
+    "Space": "orthomerge.merging.spaces",
+    "merge": "orthomerge.recipe.run",
+    "merge_method": "orthomerge.merging.registry",
+    "plan": "orthomerge.recipe.run",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name == "linalg":
+        return importlib.import_module("orthomerge.linalg")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,107 @@
+"""Recognise what a checkpoint is by its content: a full model, an OFT adapter, something else.
+
+Only tensor names and adapter_config.json are looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from orthomerge.adapters.oft import OftAdapter
+from orthomerge.checkpoints.reader import Checkpoint
+from orthomerge.checkpoints.sources import CheckpointSource, open_checkpoint
+from orthomerge.errors import AdapterError
+
+__all__ = ["Source", "open_source", "source_files"]
+
+_ADAPTER_MARKS = {
+    "OFT": (".oft_R", ".oft_r", ".oft_s", ".oft_embedding_R"),
+    "LORA": (".lora_A", ".lora_B", ".lora_embedding_A", "lora_down.", "lora_up."),
+    "BOFT": (".boft_R", ".boft_s"),
+    "HRA": (".hra_u",),
+    "IA3": (".ia3_l",),
+    "VERA": (".vera_lambda",),
+    "LOHA": (".hada_w",),
+    "LOKR": (".lokr_w",),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened checkpoint and what it is.
+
+    Args:
+        checkpoint: Its tensors.
+        kind: ``"full"``, ``"OFT"``, or another adapter's PEFT type.
+        oft: The parsed adapter, for OFT.
+    """
+
+    checkpoint: Checkpoint
+    kind: str
+    oft: OftAdapter | None = None
+
+    @property
+    def origin(self) -> str:
+        """Where it came from, as the user wrote it."""
+        return self.checkpoint.origin
+
+    @property
+    def description(self) -> str:
+        """What it is, in words."""
+        return "full checkpoint" if self.kind == "full" else f"{self.kind} adapter"
+
+
+def open_source(source: CheckpointSource) -> Source:
+    """Open a checkpoint and recognise its kind.
+
+    Raises:
+        CheckpointError: It cannot be opened.
+        AdapterError: It is an adapter and its adapter_config.json is missing or contradicts it.
+    """
+    checkpoint = open_checkpoint(source)
+    marked = _marked_kind(checkpoint)
+    config = _adapter_config(checkpoint, marked)
+    if config is None:
+        return Source(checkpoint, "full")
+    if marked and config.peft_type != marked:
+        raise AdapterError(
+            f"the config says {config.peft_type}, the tensors are those of {marked}",
+            file=checkpoint.origin,
+            remedy="Put the adapter_config.json that belongs to this adapter beside it.",
+        )
+    oft = OftAdapter.from_checkpoint(checkpoint, config) if config.peft_type == "OFT" else None
+    return Source(checkpoint, config.peft_type, oft)
+
+
+def _marked_kind(checkpoint: Checkpoint) -> str | None:
+    """Return the PEFT type that the tensor names betray."""
+    for kind, marks in _ADAPTER_MARKS.items():
+        if any(mark in name for name in checkpoint.tensors for mark in marks):
+            return kind
+    return None
+
+
+def _adapter_config(checkpoint: Checkpoint, marked: str | None) -> AdapterConfig | None:
+    folder = checkpoint.folder
+    has_config = folder is not None and (folder / CONFIG_NAME).is_file()
+    if folder is not None and has_config and (marked or _is_adapter_file(checkpoint)):
+        return read_adapter_config(folder)
+    if marked:
+        raise AdapterError(
+            f"these are {marked} adapter tensors, but there is no {CONFIG_NAME} beside them",
+            file=checkpoint.origin,
+            remedy=f"Put the adapter's {CONFIG_NAME} into the same folder: it says how to read them.",
+        )
+    return None
+
+
+def _is_adapter_file(checkpoint: Checkpoint) -> bool:
+    return any(path.name.startswith("adapter_model") for path in checkpoint.files)
+
+
+def source_files(source: Source) -> tuple[Path, ...]:
+    """Return every path whose overwriting would destroy the source."""
+    folder = source.checkpoint.folder
+    return source.checkpoint.files + ((folder,) if folder and folder.is_dir() else ())

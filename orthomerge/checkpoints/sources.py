@@ -1,0 +1,235 @@
+"""Turn what a user names (file, folder, hub repository, dict) into an opened checkpoint.
+
+Only an explicit ``hf:`` prefix may touch the network. Which kind of model or adapter the tensors
+form is decided by ``adapters.sources``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from orthomerge.checkpoints.header import Header, read_header
+from orthomerge.checkpoints.reader import Checkpoint, FileCheckpoint, StateDictCheckpoint
+from orthomerge.errors import (
+    CheckpointError,
+    MissingExtraError,
+    OrthoMergeError,
+    ProblemsError,
+    ShardIndexError,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["CheckpointSource", "open_checkpoint"]
+
+CheckpointSource: TypeAlias = "str | Path | Mapping[str, torch.Tensor]"
+
+_HUB_PREFIX = "hf:"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_PREFERRED = ("model.safetensors", "adapter_model.safetensors")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
+
+
+def open_checkpoint(source: CheckpointSource) -> Checkpoint:
+    """Open a checkpoint, reading headers only.
+
+    Args:
+        source: A ``.safetensors`` file, a shard index, a folder with either, a pickle file
+            (read with ``weights_only``), ``hf:org/name[@revision]``, or a state dict.
+
+    Raises:
+        CheckpointError: Nothing is there, or what is there is damaged.
+        MissingExtraError: ``hf:`` was used without huggingface-hub.
+    """
+    if isinstance(source, Mapping):
+        return StateDictCheckpoint(source)
+    origin = str(source)
+    path = _download(origin) if origin.startswith(_HUB_PREFIX) else Path(source)
+    if not path.exists():
+        raise CheckpointError(
+            "no such file or folder",
+            file=origin,
+            remedy=f"For a model on the Hub write {_HUB_PREFIX}org/name."
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", origin)
+            else "Check the path.",
+        )
+    if path.is_dir():
+        return _open_folder(origin, path)
+    if path.name.endswith(_INDEX_SUFFIX):
+        return _open_shards(origin, path)
+    if path.suffix == ".safetensors":
+        return FileCheckpoint(origin, {path: read_header(path)}, path.parent)
+    if path.suffix in _PICKLE_SUFFIXES:
+        return _open_pickle(origin, [path], path.parent)
+    raise CheckpointError(
+        f"files of type '{path.suffix}' are not checkpoints",
+        file=origin,
+        remedy="Give a .safetensors file, a shard index, or a model folder.",
+    )
+
+
+def _open_folder(origin: str, folder: Path) -> Checkpoint:
+    files = sorted(folder.glob("*.safetensors"))
+    indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
+    preferred = [path for path in files if path.name in _PREFERRED]
+    if len(indexes) == 1:
+        return _open_shards(origin, indexes[0])
+    if len(indexes) > 1:
+        raise _ambiguous(origin, "shard indexes", indexes)
+    if len(files) == 1 or len(preferred) == 1:
+        path = (preferred or files)[0]
+        return FileCheckpoint(origin, {path: read_header(path)}, folder)
+    if files:
+        return _open_unindexed(origin, folder, files)
+    pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model.bin"))
+    if pickles:
+        return _open_pickle(origin, pickles, folder)
+    raise CheckpointError(
+        "the folder holds no model weights",
+        file=origin,
+        expected="*.safetensors or pytorch_model.bin",
+        remedy="Give the folder that save_pretrained wrote.",
+    )
+
+
+def _open_shards(origin: str, index_path: Path) -> FileCheckpoint:
+    weight_map = _read_index(index_path)
+    shards: dict[Path, Header] = {}
+    problems: list[OrthoMergeError] = []
+    for filename in sorted(set(weight_map.values())):
+        path = index_path.parent / filename
+        if not path.is_file():
+            problems.append(
+                ShardIndexError(
+                    f"the shard {filename} is missing",
+                    file=index_path,
+                    remedy="Fetch the model again, completely.",
+                )
+            )
+            continue
+        try:
+            shards[path] = read_header(path)
+        except OrthoMergeError as error:
+            problems.append(error)
+    if problems:
+        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+    _check_index(index_path, weight_map, shards)
+    return FileCheckpoint(origin, shards, index_path.parent)
+
+
+def _open_unindexed(origin: str, folder: Path, files: list[Path]) -> FileCheckpoint:
+    """Open shards whose index is missing, if their names prove that the set is complete."""
+    names = [_SHARD_NAME.fullmatch(path.name) for path in files]
+    stems = {(match["stem"], match["count"]) for match in names if match}
+    if all(names) and len(stems) == 1 and len(files) == int(next(iter(stems))[1]):
+        return FileCheckpoint(origin, {path: read_header(path) for path in files}, folder)
+    raise _ambiguous(origin, "safetensors files without an index", files)
+
+
+def _ambiguous(origin: str, what: str, paths: list[Path]) -> ShardIndexError:
+    listed = ", ".join(path.name for path in paths[:6])
+    return ShardIndexError(
+        f"holds several {what}: {listed}",
+        file=origin,
+        remedy="Name the one that is meant, or restore model.safetensors.index.json.",
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        repeated = (
+            {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else ()
+        )
+        for key in repeated:
+            raise ShardIndexError("the index names this key twice", file=path, tensor=key)
+        return dict(pairs)
+
+    try:
+        index = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates)
+        weight_map = index["weight_map"]
+        complete = all(isinstance(item, str) for pair in weight_map.items() for item in pair)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ShardIndexError(
+            "is not a shard index (a JSON object with a weight_map)", file=path
+        ) from error
+    if not weight_map or not complete:
+        raise ShardIndexError("its weight_map must map tensor names to file names", file=path)
+    for name, filename in weight_map.items():
+        parts = PurePosixPath(filename).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\\" in filename:
+            raise ShardIndexError(
+                f"points to '{filename}', outside its folder",
+                file=path,
+                tensor=name,
+                remedy="Do not use this checkpoint; fetch it again from a source you trust.",
+            )
+    return dict(weight_map)
+
+
+def _check_index(path: Path, weight_map: dict[str, str], shards: dict[Path, Header]) -> None:
+    present = {name: shard for shard, header in shards.items() for name in header.tensors}
+    problems: list[OrthoMergeError] = [
+        ShardIndexError("is in the index but in no shard", file=path, tensor=name)
+        for name in weight_map
+        if name not in present
+    ]
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if name not in weight_map:
+                problem = f"is in {shard.name} but not in the index"
+            elif path.parent / weight_map[name] != shard:
+                problem = f"is in {shard.name}, the index says {weight_map[name]}"
+            else:
+                continue
+            problems.append(ShardIndexError(problem, file=path, tensor=name))
+    if problems:
+        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+
+
+def _open_pickle(origin: str, paths: list[Path], folder: Path) -> StateDictCheckpoint:
+    import pickle
+
+    import torch
+
+    state_dict: dict[str, torch.Tensor] = {}
+    for path in paths:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+            raise CheckpointError(
+                "the pickle file is damaged or holds more than tensors, and is not loaded",
+                file=path,
+                remedy="Convert it to safetensors on a machine where running its code is safe.",
+            ) from error
+        for wrapper in ("state_dict", "model"):
+            if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
+                loaded = loaded[wrapper]
+        if not isinstance(loaded, Mapping):
+            raise CheckpointError("holds no state dict", file=path, found=type(loaded).__name__)
+        state_dict.update(loaded)
+    return StateDictCheckpoint(state_dict, origin, folder, tuple(paths))
+
+
+def _download(origin: str) -> Path:
+    repo, _, revision = origin.removeprefix(_HUB_PREFIX).partition("@")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise MissingExtraError("huggingface-hub", "hub", f"Reading {origin}") from error
+    try:
+        folder = snapshot_download(repo, revision=revision or None, allow_patterns=_HUB_FILES)
+    except Exception as error:  # the hub client's own tree differs between its major versions
+        raise CheckpointError(
+            f"could not be fetched from the Hub: {type(error).__name__}: {error}",
+            file=origin,
+            remedy="Check the name, the revision, your token and the network.",
+        ) from error
+    return Path(folder)

@@ -1,0 +1,243 @@
+"""Plan the merge of full checkpoints: which tensors go together, and what becomes of the rest.
+
+Headers only. Tied output heads are recognised here, so that they are merged once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orthomerge.adapters.sources import Source
+from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.folder import is_tied, read_config, tied_alias
+from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.errors import OrthoMergeError, TensorMismatchError
+from orthomerge.merging.draft import (
+    Draft,
+    Settings,
+    compute_dtype,
+    is_float,
+    piece_elements,
+    resolve_settings,
+    rule_problems,
+    weight_sum_problem,
+)
+from orthomerge.merging.files import add_model_files
+from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.registry import MergeMethod
+from orthomerge.merging.rules import LayerMap
+from orthomerge.merging.spaces import Space
+
+__all__ = ["draft_tasks"]
+
+_TEMPORARIES = 8  # compute-dtype pieces a method may hold beside its inputs
+_SURVEY_SHARE = 0.05  # of a tensor's entries that a survey may collect
+
+
+def draft_tasks(
+    request: MergeRequest, method: MergeMethod, models: Sequence[Source], base: Source | None
+) -> Draft:
+    """Return the tasks of a merge of full checkpoints, with everything that is wrong with them."""
+    draft = Draft(piece_elements=piece_elements(request))
+    sources = [*([base] if base else []), *models]
+    stored = [info.dtype for source in sources for info in source.checkpoint.tensors.values()]
+    draft.compute_dtype = compute_dtype(request, stored)
+    tied = _resolve_tie(sources, draft)
+    rows = _align(request, sources, tied, draft)
+    layers = LayerMap.of(rows)
+    draft.problems += rule_problems(request, method, rows)
+    for name, row in rows.items():
+        draft.tasks += _draft_task(request, method, name, row, base is not None, layers, draft)
+    add_model_files(sources[0], draft)
+    return draft
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One output tensor: its entry in every source, in the order base, models."""
+
+    entries: tuple[TensorInfo | None, ...]
+
+    @property
+    def donor(self) -> TensorInfo:
+        return next(entry for entry in self.entries if entry is not None)
+
+    @property
+    def complete(self) -> bool:
+        return None not in self.entries
+
+
+def _resolve_tie(sources: Sequence[Source], draft: Draft) -> tuple[str, str] | None:
+    """Return (head, embedding) if the output is tied or some source is, else None.
+
+    The donor decides how the output is written: tied if its config says so or its head is absent.
+    """
+    names = {name for source in sources for name in source.checkpoint.tensors}
+    pair = tied_alias(names)
+    if pair is None or pair[0] not in names:
+        return None
+    head, embedding = pair
+    untied = [source.origin for source in sources if _owns_head(source, head)]
+    donor_tied = not _owns_head(sources[0], head)
+    if donor_tied and untied:
+        draft.problems.append(
+            TensorMismatchError(
+                "has an output head of its own, the donor's is tied to its embeddings",
+                file=untied[0],
+                tensor=head,
+                remedy=f"Untie {sources[0].origin} first, or merge models of one kind.",
+            )
+        )
+    if donor_tied:
+        draft.notes.append(f"{head} is tied to {embedding}: merged once and written once")
+    elif len(untied) < len(sources):
+        draft.notes.append(f"{head} is untied: tied models contribute {embedding}")
+    return pair
+
+
+def _owns_head(source: Source, head: str) -> bool:
+    present = head in source.checkpoint.tensors
+    return present and not is_tied(read_config(source.checkpoint.folder))
+
+
+def _align(
+    request: MergeRequest,
+    sources: Sequence[Source],
+    tied: tuple[str, str] | None,
+    draft: Draft,
+) -> dict[str, _Row]:
+    """Match tensors by name; deal with the missing ones as the policy says."""
+    names = list(dict.fromkeys(name for s in sources for name in s.checkpoint.tensors))
+    rows: dict[str, _Row] = {}
+    for name in names:
+        if tied and name == tied[0] and not _owns_head(sources[0], name):
+            continue
+        row = _Row(tuple(_entry(source, name, tied) for source in sources))
+        if row.complete:
+            rows[name] = row
+        elif request.missing == "copy-base" and row.entries[0] is not None:
+            rows[name] = _Row((row.entries[0], *(None for _ in row.entries[1:])))
+            draft.notes.append(f"{name} is not in every model: copied from {sources[0].origin}")
+        elif request.missing == "skip":
+            draft.notes.append(f"{name} is not in every model: left out")
+        else:
+            draft.problems.append(_missing_problem(request, name, row, sources))
+    return rows
+
+
+def _entry(source: Source, name: str, tied: tuple[str, str] | None) -> TensorInfo | None:
+    tensors = source.checkpoint.tensors
+    if name not in tensors and tied and name == tied[0]:
+        config = read_config(source.checkpoint.folder)
+        if config is None or config.get("tie_word_embeddings") is not False:
+            return tensors.get(tied[1])
+    return tensors.get(name)
+
+
+def _missing_problem(
+    request: MergeRequest, name: str, row: _Row, sources: Sequence[Source]
+) -> OrthoMergeError:
+    without = [s.origin for s, entry in zip(sources, row.entries, strict=True) if entry is None]
+    remedy = (
+        "Only --missing skip can handle a tensor that the first source lacks."
+        if request.missing == "copy-base"
+        else "Pass --missing copy-base to take it from the base (else the first model) "
+        "or --missing skip to leave it out."
+    )
+    return TensorMismatchError("is missing", file=", ".join(without), tensor=name, remedy=remedy)
+
+
+def _draft_task(
+    request: MergeRequest,
+    method: MergeMethod,
+    name: str,
+    row: _Row,
+    has_base: bool,
+    layers: LayerMap,
+    draft: Draft,
+) -> list[Task]:
+    present = [entry for entry in row.entries if entry is not None]
+    if len({entry.shape for entry in present}) > 1:
+        draft.problems.append(_shape_problem(name, row))
+        return []
+    floating = all(is_float(entry.dtype) for entry in present)
+    if not floating and len({entry.dtype for entry in present}) > 1:
+        draft.problems.append(_dtype_problem(name, row))
+        return []
+    wanted = dtype_from_name(request.dtype) if request.dtype and floating else row.donor.dtype
+    info = TensorInfo(name, wanted, row.donor.shape)
+    settings = resolve_settings(request, method, name, layers)
+    kind = _task_kind(method, row, info, settings)
+    entries = row.entries
+    if kind == "merge":
+        models = entries[1:] if has_base else entries
+        problem = weight_sum_problem(method, settings, [True] * len(models), name)
+        draft.problems += [problem] if problem else []
+        if method.space is Space.WEIGHT and has_base:
+            entries = (None, *models)  # the method does not look at the base
+    used = [entry for entry in entries if entry is not None]
+    names = tuple(entry.name if entry else None for entry in entries)
+    return [
+        Task(
+            info=info,
+            kind=kind,
+            models=names[1:] if has_base else names,
+            base=names[0] if has_base else None,
+            weights=settings.weights,
+            parameters=settings.parameters,
+            peak_bytes=_peak_bytes(method, kind, info, used, draft),
+            read_bytes=sum(entry.nbytes for entry in used),
+        )
+    ]
+
+
+def _task_kind(method: MergeMethod, row: _Row, info: TensorInfo, settings: Settings) -> TaskKind:
+    """Return how a tensor is made: merged, or taken over from one source as it is or converted."""
+    same_dtype = info.dtype == row.donor.dtype
+    if not is_float(info.dtype):
+        return "copy"  # and the sources must agree
+    if not row.complete or (method.name == "passthrough" and settings.parameters["scale"] == 1.0):
+        return "copy" if same_dtype else "convert"
+    return "merge"
+
+
+def _peak_bytes(
+    method: MergeMethod,
+    kind: TaskKind,
+    info: TensorInfo,
+    used: Sequence[TensorInfo],
+    draft: Draft,
+) -> int:
+    piece = min(draft.piece_elements, max(info.numel, 1))
+    lifted = ITEM_SIZES[draft.compute_dtype]
+    per_element = sum(ITEM_SIZES[entry.dtype] for entry in used)
+    if kind == "merge":
+        per_element += (2 * len(used) + _TEMPORARIES) * lifted
+    collected = 0
+    if kind == "merge" and method.survey is not None:
+        collected = int(_SURVEY_SHARE * info.numel) * lifted
+    return piece * per_element + collected
+
+
+def _shape_problem(name: str, row: _Row) -> OrthoMergeError:
+    shapes = [list(entry.shape) if entry else "missing" for entry in row.entries]
+    vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight"))
+    return TensorMismatchError(
+        "the shapes differ",
+        tensor=name,
+        found=", ".join(map(str, shapes)),
+        remedy="The vocabularies differ: bring the models to one tokenizer first."
+        if vocabulary
+        else "Only models of one architecture and size can be merged.",
+    )
+
+
+def _dtype_problem(name: str, row: _Row) -> OrthoMergeError:
+    dtypes = [entry.dtype if entry else "missing" for entry in row.entries]
+    return TensorMismatchError(
+        "integer and floating tensors cannot be merged",
+        tensor=name,
+        found=", ".join(dtypes),
+        remedy="Dequantise the checkpoints first.",
+    )

@@ -1,0 +1,146 @@
+"""Execute a plan: several threads over tensors, admitted under a memory budget, stoppable.
+
+Reading ahead is left to the kernel (each task announces the tensors of the tasks after it);
+writing behind is the sink's. Nothing here knows a file format or a merge method.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.errors import BudgetError
+from orthomerge.linalg.precision import full_precision
+from orthomerge.merging.executors import EXECUTORS, Context, Interrupted
+from orthomerge.merging.executors.elementwise import model_survey, surveys_model
+from orthomerge.merging.plan import Plan, Task
+
+__all__ = ["Interrupted", "execute"]
+
+
+def execute(
+    plan: Plan, sink: TensorSink, *, advance: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Run every task that the sink does not already hold.
+
+    Args:
+        plan: What to do.
+        sink: Where results go; its ``finished`` tensors are skipped.
+        advance: Progress: called from any thread with input bytes as they are read.
+
+    Returns:
+        Output tensor name to the details its executor returned, for all tasks of the plan.
+
+    Raises:
+        Interrupted: On Ctrl-C, after the tensors in work have been left in a state to resume.
+        OrthoMergeError: The first failure; the other threads are stopped.
+    """
+    context = Context(plan, sink, advance or (lambda _: None))
+    _check_device(context)
+    done = {
+        task.name: sink.finished[task.name] for task in plan.tasks if task.name in sink.finished
+    }
+    for task in plan.tasks:
+        if task.name in done:
+            context.advance(task.read_bytes)
+    # Largest first: the threads then finish at about the same time.
+    waiting = [task for task in plan.tasks if task.name not in done]
+    waiting.sort(key=lambda task: -task.read_bytes)
+    with full_precision(), torch.inference_mode(), _threads_per_worker(plan.workers):
+        if surveys_model(plan):
+            context.survey = model_survey(context)
+        done |= _run_all(waiting, context)
+    return done
+
+
+def _run_all(tasks: list[Task], context: Context) -> dict[str, Any]:
+    budget = _Budget(context.plan.budget_bytes)
+    done: dict[str, Any] = {}
+
+    def work(position: int) -> None:
+        task = tasks[position]
+        with budget.admitted(task.peak_bytes), torch.inference_mode():
+            context.check_stop()
+            _prefetch(tasks, position + context.plan.workers, context)
+            details = EXECUTORS[task.kind](task, context)
+            context.sink.finish(task.name, details)
+            done[task.name] = details
+
+    with ThreadPoolExecutor(context.plan.workers, thread_name_prefix="orthomerge") as pool:
+        futures = [pool.submit(work, position) for position in range(len(tasks))]
+        try:
+            _wait(futures, context)
+        except KeyboardInterrupt as interrupt:
+            context.stop.set()
+            raise Interrupted from interrupt
+        finally:
+            context.stop.set()
+            for future in futures:
+                future.cancel()
+    return done
+
+
+def _wait(futures: list[Future[None]], context: Context) -> None:
+    """Wait for all tasks; on the first failure stop the others and raise it."""
+    finished, _ = wait(futures, return_when="FIRST_EXCEPTION")
+    context.stop.set()
+    failures = [f.exception() for f in finished if not f.cancelled() and f.exception()]
+    # A thread stopped because of another's failure is not the cause.
+    causes = [failure for failure in failures if not isinstance(failure, Interrupted)]
+    for failure in causes or failures:
+        assert failure is not None
+        raise failure
+
+
+class _Budget:
+    """Admits tasks while the sum of their working memory stays within a limit."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._free = limit_bytes
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def admitted(self, nbytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= nbytes)
+            self._free -= nbytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += nbytes
+                self._changed.notify_all()
+
+
+def _prefetch(tasks: list[Task], position: int, context: Context) -> None:
+    if position < len(tasks):
+        for checkpoint, name in context.checkpoints(tasks[position]):
+            if name is not None and name in checkpoint.tensors:
+                checkpoint.prefetch(name)
+
+
+@contextmanager
+def _threads_per_worker(workers: int) -> Iterator[None]:
+    """Share torch's threads out among the workers: two pools on the same cores only wait."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check_device(context: Context) -> None:
+    try:
+        torch.empty(0, device=context.device)
+    except (RuntimeError, AssertionError) as error:
+        raise BudgetError(
+            f"the device '{context.plan.request.device}' cannot be used: {error}".splitlines()[0],
+            remedy="Use --device cpu, or a device that torch can see.",
+        ) from error

@@ -1,0 +1,88 @@
+"""What every executor is given, and the steps they share: open, round once, check, write."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
+from orthomerge.checkpoints.reader import Checkpoint
+from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.streams import TensorReader, check_finite
+
+__all__ = ["Context", "Interrupted"]
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked to stop
+    """The run was asked to stop; what is finished has been kept."""
+
+
+@dataclass
+class Context:
+    """A running merge.
+
+    Args:
+        plan: What is being done.
+        sink: Where results go.
+        advance: Called with the number of input bytes read since the last call.
+        stop: Set when the run must end soon.
+        survey: Result of the method's whole-model survey, if it has one.
+    """
+
+    plan: Plan
+    sink: TensorSink
+    advance: Callable[[int], None] = lambda _: None
+    stop: threading.Event = field(default_factory=threading.Event)
+    survey: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the arithmetic runs."""
+        return torch.device(self.plan.request.device)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """dtype of the arithmetic."""
+        return torch_dtype(self.plan.compute_dtype)
+
+    def checkpoints(self, task: Task) -> list[tuple[Checkpoint, str | None]]:
+        """Return each source with the task's tensor in it: base first, then the models."""
+        base = [(self.plan.base.checkpoint, task.base)] if self.plan.base else []
+        models = [(m.checkpoint, n) for m, n in zip(self.plan.models, task.models, strict=True)]
+        return [*base, *models]
+
+    def reader(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        *,
+        hashing: bool = False,
+        piece_elements: int | None = None,
+    ) -> TensorReader:
+        """Open a tensor for reading in pieces."""
+        size = piece_elements or self.plan.piece_elements
+        hashing = hashing and self.plan.request.provenance
+        return TensorReader(checkpoint, name, self.compute, self.device, size, hashing=hashing)
+
+    def check_stop(self) -> None:
+        """Raise ``Interrupted`` if the run must end."""
+        if self.stop.is_set():
+            raise Interrupted
+
+    def emit(self, task: Task, start: int, values: Tensor) -> None:
+        """Round a piece once to the output dtype, check it, and write it.
+
+        Raises:
+            NumericalError: The merged values are not finite, or overflow the output dtype.
+        """
+        rounded = values.to(torch_dtype(task.info.dtype))
+        output = str(self.plan.request.output or "the result")
+        check_finite(rounded.to(self.compute), output, task.name, "the merged tensor")
+        raw = rounded.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        self.sink.write(task.name, start * ITEM_SIZES[task.info.dtype], memoryview(raw))

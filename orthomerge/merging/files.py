@@ -1,0 +1,29 @@
+"""Which files a merged model folder inherits from its donor."""
+
+from __future__ import annotations
+
+from orthomerge.adapters.sources import Source
+from orthomerge.checkpoints.dtypes import CONFIG_NAMES
+from orthomerge.checkpoints.folder import config_with_dtype, inherited_files, read_config
+from orthomerge.merging.draft import Draft
+
+__all__ = ["add_model_files"]
+
+
+def add_model_files(donor: Source, draft: Draft) -> None:
+    """Take config, tokenizer and generation files from the donor: the base, else the first model.
+
+    config.json gets the dtype that most of the output's bytes have.
+    """
+    folder = donor.checkpoint.folder
+    if folder is None:
+        return
+    draft.copied_files = inherited_files(folder)
+    config = read_config(folder)
+    totals: dict[str, int] = {}
+    for task in draft.tasks:
+        if task.info.dtype in CONFIG_NAMES:
+            totals[task.info.dtype] = totals.get(task.info.dtype, 0) + task.info.nbytes
+    if config is not None and totals:
+        main = max(totals, key=lambda dtype: totals[dtype])
+        draft.written_files["config.json"] = config_with_dtype(config, CONFIG_NAMES[main])

@@ -1,0 +1,51 @@
+"""Weighted average of the models' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from orthomerge.merging.registry import merge_method
+from orthomerge.merging.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["linear"]
+
+
+@merge_method(
+    "linear",
+    space=Space.WEIGHT,
+    reference="Model soups, arXiv:2203.05482",
+    laws=("identity", "idempotent", "permutation", "scale-equivariance"),
+    divides_by_weight_sum="normalize",
+)
+def linear(
+    tensors: Sequence[Tensor], *, weights: Sequence[float], normalize: bool = True
+) -> Tensor:
+    """Average the models' weights.
+
+    ``W = Σ w_i W_i / Σ w_i``, or ``Σ w_i W_i`` without ``normalize``.
+
+    Args:
+        tensors: W_i, one per model, of equal shape.
+        weights: w_i, one per model.
+        normalize: Divide by the sum of the weights.
+
+    Returns:
+        The average, in the inputs' shape.
+
+    References:
+        Wortsman et al., Model soups, arXiv:2203.05482.
+
+    Example:
+        >>> import torch
+        >>> linear([torch.zeros(2), torch.ones(2)], weights=[1.0, 3.0])
+        tensor([0.7500, 0.7500])
+    """
+    total = sum(weights) if normalize else 1.0
+    merged = tensors[0] * (weights[0] / total)
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        merged.add_(tensor, alpha=weight / total)
+    return merged

@@ -1,0 +1,149 @@
+"""Parameters of merge methods: declared by a method's signature, checked from plain values.
+
+A parameter is a keyword-only argument with a default; its annotation says what is allowed
+(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, or ``Annotated[..., Between(...)]``).
+How a value may vary from tensor to tensor is in ``rules``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from orthomerge.errors import RecipeError
+
+__all__ = ["Between", "Density", "Parameter", "declared_parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class Between:
+    """Allowed range of a number; an open end excludes the bound itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Return whether ``value`` lies in the range."""
+        return (self.low < value if self.open_low else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"{'>' if self.open_low else '≥'} {self.low:g}"
+        return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+#: The kept fraction of a task vector's entries.
+Density = Annotated[float, Between(0, 1, open_low=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method.
+
+    Args:
+        name: As written in recipes and with ``--set``.
+        kind: ``float``, ``int``, ``bool`` or ``str``.
+        default: Its default.
+        choices: Allowed strings, for a choice.
+        bounds: Allowed range, for a number.
+        help: One line from the method's docstring.
+    """
+
+    name: str
+    kind: type
+    default: Any
+    choices: tuple[str, ...] = ()
+    bounds: Between | None = None
+    help: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """Say in words what may be given."""
+        if self.choices:
+            return " | ".join(self.choices)
+        bounds = f" {self.bounds}" if self.bounds else ""
+        return {float: "number", int: "integer", bool: "true | false", str: "text"}[
+            self.kind
+        ] + bounds
+
+    def check(self, value: Any) -> Any:
+        """Return ``value`` in the parameter's type.
+
+        Raises:
+            RecipeError: It is of another type or out of range.
+        """
+        converted = self._convert(value)
+        out_of_range = self.bounds is not None and not self.bounds.holds(converted)
+        if out_of_range or (self.choices and converted not in self.choices):
+            raise self._refusal(value)
+        return converted
+
+    def _convert(self, value: Any) -> Any:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if self.kind is float and is_number and not math.isnan(value):
+            return float(value)
+        if self.kind is int and is_number and float(value).is_integer():
+            return int(value)
+        if self.kind in (bool, str) and isinstance(value, self.kind):
+            return value
+        raise self._refusal(value)
+
+    def _refusal(self, value: Any) -> RecipeError:
+        return RecipeError(f"parameter '{self.name}'", expected=self.allowed, found=repr(value))
+
+
+def declared_parameters(function: Callable[..., Any], reserved: set[str]) -> dict[str, Parameter]:
+    """Read a method's parameters from its signature and its docstring's Args.
+
+    Args:
+        function: The method; keyword-only arguments that are not ``reserved`` are parameters.
+        reserved: Arguments the engine itself supplies.
+    """
+    namespace = {**getattr(function, "__globals__", {}), "torch": types.SimpleNamespace(Tensor=Any)}
+    signature = inspect.signature(function)
+    help_lines = _argument_help(inspect.getdoc(function) or "")
+    parameters = {}
+    for argument in signature.parameters.values():
+        if argument.kind is not argument.KEYWORD_ONLY or argument.name in reserved:
+            continue
+        annotation = argument.annotation
+        if isinstance(annotation, str):
+            annotation = eval(annotation, namespace)  # the method's own source, as get_type_hints
+        parameters[argument.name] = _parameter(argument, annotation, help_lines)
+    return parameters
+
+
+def _parameter(
+    argument: inspect.Parameter, annotation: Any, help_lines: Mapping[str, str]
+) -> Parameter:
+    bounds = None
+    if typing.get_origin(annotation) is Annotated:
+        bounds = next((m for m in annotation.__metadata__ if isinstance(m, Between)), None)
+        annotation = typing.get_args(annotation)[0]
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
+    kind = str if choices else annotation
+    if kind not in (float, int, bool, str) or argument.default is argument.empty:
+        raise TypeError(f"parameter '{argument.name}' needs a plain type and a default")
+    help_line = help_lines.get(argument.name, "")
+    return Parameter(argument.name, kind, argument.default, choices, bounds, help_line)
+
+
+def _argument_help(doc: str) -> dict[str, str]:
+    """Return the text of each entry of a Google-style Args section."""
+    entries: dict[str, str] = {}
+    current = None
+    for line in doc.partition("Args:\n")[2].splitlines():
+        if line and not line.startswith("    "):
+            break
+        if line.startswith("    ") and line[4:5] not in ("", " ") and ":" in line:
+            current, _, text = line.strip().partition(":")
+            entries[current] = text.strip()
+        elif current and line.strip():
+            entries[current] += " " + line.strip()
+    return entries

@@ -1,0 +1,193 @@
+"""The plan of a merge: every task, every output byte's place, every file, before any work.
+
+Plain data; built by ``planner`` from headers only and executed by ``engine``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from orthomerge.adapters.sources import Source
+from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.checkpoints.layout import Layout
+from orthomerge.checkpoints.sources import CheckpointSource
+from orthomerge.merging.registry import MergeMethod
+
+if TYPE_CHECKING:
+    from orthomerge.adapters.convention import OftConvention
+
+__all__ = ["BackMap", "MergeRequest", "MissingPolicy", "OutputKind", "Plan", "Task", "TaskKind"]
+
+MissingPolicy = Literal["error", "copy-base", "skip"]
+BackMap = Literal["auto", "as_trained", "exact"]
+OutputKind = Literal["folder", "file", "memory"]
+TaskKind = Literal["merge", "copy", "convert", "rotate"]
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """Everything a user can ask of one merge, as plain values.
+
+    Args:
+        models: The models to merge: paths, hub names or state dicts.
+        base: The model they were fine-tuned from.
+        method: Method id; None lets the sources decide.
+        weights: One value per model (scalar, gradient or rules); None for the default everywhere.
+        parameters: Method parameters, each a scalar, gradient or rules.
+        output: Where the result goes; None keeps it in memory.
+        dtype: Output dtype for floating tensors; None keeps each tensor's own.
+        compute_dtype: ``float32``, ``float64``, or None: fp64 if an input is fp64, else fp32.
+        max_shard_bytes: Largest output file.
+        missing: What to do with tensors that not every model has.
+        back_map: How a merged OFT generator becomes a rotation.
+        provenance: Whether to record how the output was made.
+        memory_budget_bytes: Most working memory; None for half of what is free.
+        device: Where the arithmetic runs.
+        workers: Threads; None for one per core, at most 8.
+        seed: Seed of methods that draw random numbers.
+        recipe: The user's settings as they should appear in the provenance.
+    """
+
+    models: tuple[CheckpointSource, ...]
+    base: CheckpointSource | None = None
+    method: str | None = None
+    weights: tuple[Any, ...] | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    output: Path | None = None
+    dtype: str | None = None
+    compute_dtype: str | None = None
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    missing: MissingPolicy = "error"
+    back_map: BackMap = "auto"
+    provenance: bool = True
+    memory_budget_bytes: int | None = None
+    device: str = "cpu"
+    workers: int | None = None
+    seed: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One output tensor and what it is made of.
+
+    Args:
+        info: Its name, dtype and shape in the output.
+        kind: ``merge`` runs the method on pieces, ``copy`` copies the first source's bytes (and
+            checks that the others agree), ``convert`` changes the first source's dtype,
+            ``rotate`` merges one OFT module.
+        models: The tensor (or OFT module) in each model; None where a model lacks it.
+        base: The tensor in the base, if it takes part.
+        weights: One per model.
+        parameters: The method's parameters for this tensor.
+        method: Set when another method than the plan's merges this tensor.
+        peak_bytes: Working memory while it runs.
+        read_bytes: Input bytes it reads.
+    """
+
+    info: TensorInfo
+    kind: TaskKind
+    models: tuple[str | None, ...]
+    base: str | None
+    weights: tuple[float, ...]
+    parameters: Mapping[str, Any]
+    peak_bytes: int
+    read_bytes: int
+    method: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Name of the output tensor."""
+        return self.info.name
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked merge, ready to run.
+
+    Args:
+        request: What was asked.
+        method: The method.
+        models: Opened models.
+        base: Opened base.
+        tasks: One per output tensor.
+        layout: Where each output byte goes.
+        output_kind: Folder, single file, or tensors in memory.
+        copied_files: Files that go into the output folder: name to path.
+        written_files: Files that are written anew: name to text.
+        compute_dtype: safetensors name of the dtype the arithmetic uses.
+        piece_elements: How many elements of a tensor are worked on at a time.
+        convention: How merged OFT generators are stored or applied.
+        budget_bytes: Working memory the engine may use.
+        workers: Threads.
+        notes: What the user should know.
+    """
+
+    request: MergeRequest
+    method: MergeMethod
+    models: tuple[Source, ...]
+    base: Source | None
+    tasks: tuple[Task, ...]
+    layout: Layout
+    output_kind: OutputKind
+    copied_files: Mapping[str, Path]
+    written_files: Mapping[str, str]
+    compute_dtype: str
+    piece_elements: int
+    convention: OftConvention | None
+    budget_bytes: int
+    workers: int
+    notes: tuple[str, ...]
+
+    @property
+    def read_bytes(self) -> int:
+        """Input bytes that are read."""
+        return sum(task.read_bytes for task in self.tasks)
+
+    @property
+    def write_bytes(self) -> int:
+        """Output bytes that are written."""
+        return self.layout.nbytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Largest working memory, beside the interpreter and its libraries."""
+        largest = sorted((task.peak_bytes for task in self.tasks), reverse=True)
+        return min(sum(largest[: self.workers]), self.budget_bytes)
+
+    @property
+    def output_dtypes(self) -> dict[str, int]:
+        """Output bytes per dtype, most first."""
+        totals: dict[str, int] = {}
+        for task in self.tasks:
+            totals[task.info.dtype] = totals.get(task.info.dtype, 0) + task.info.nbytes
+        return dict(sorted(totals.items(), key=lambda item: -item[1]))
+
+    def hash(self) -> str:
+        """Return what identifies the result: a run is only resumed under an equal hash."""
+        from orthomerge import __version__
+
+        content = {
+            "version": __version__,
+            "method": self.method.name,
+            "compute_dtype": self.compute_dtype,
+            "piece_elements": self.piece_elements,
+            "convention": repr(self.convention),
+            "seed": self.request.seed,
+            "device": self.request.device,
+            "shards": [
+                [s.filename, s.header.decode("utf-8", "replace")] for s in self.layout.shards
+            ],
+            "tasks": [
+                [t.name, t.kind, t.models, t.base, t.weights, dict(t.parameters), t.method]
+                for t in self.tasks
+            ],
+        }
+        return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()

@@ -1,0 +1,262 @@
+"""Build a plan from headers only and report all problems at once.
+
+Opens the sources, settles the method, hands the tensor lists to ``dense_plan`` or ``oft_plan``, and
+checks what is common to both: parameters, weights, memory, disk, destination.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from orthomerge.adapters.sources import Source, open_source, source_files
+from orthomerge.checkpoints.layout import plan_layout
+from orthomerge.checkpoints.sources import CheckpointSource
+from orthomerge.checkpoints.staging import check_destination
+from orthomerge.errors import (
+    BudgetError,
+    OrthoMergeError,
+    ProblemsError,
+    RecipeError,
+    UnknownNameError,
+)
+from orthomerge.merging import dense_plan, oft_plan
+from orthomerge.merging.checks import check_parameters
+from orthomerge.merging.draft import Draft
+from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
+from orthomerge.merging.provenance import single_file_metadata
+from orthomerge.merging.registry import MergeMethod, get_method
+from orthomerge.merging.spaces import Space
+
+__all__ = ["build_plan", "check_output", "memory_budget", "worker_count"]
+
+_Result = TypeVar("_Result")
+_FALLBACK_BUDGET = 4 << 30
+_MAX_WORKERS = 8
+
+
+def build_plan(request: MergeRequest) -> Plan:
+    """Plan a merge.
+
+    Raises:
+        ProblemsError: Several things are wrong; each is listed.
+        OrthoMergeError: One thing is wrong.
+    """
+    problems: list[OrthoMergeError] = []
+    models = [_collect(problems, open_source, source) for source in request.models]
+    base = _collect(problems, open_source, request.base) if request.base is not None else None
+    opened = [model for model in models if model is not None]
+    if problems:
+        problems += _named_method_problems(request)
+        raise _combined(problems)
+    method = _choose_method(request, opened, base)
+    problems += check_parameters(method, request.parameters, request.weights, len(opened))
+    problems += _source_problems(method, opened, base)
+    if problems:
+        raise _combined(problems)
+    planner = oft_plan if method.space is Space.ROTATION else dense_plan
+    draft = planner.draft_tasks(request, method, opened, base)
+    plan = _finish(request, method, opened, base, draft)
+    problems += draft.problems + _resource_problems(plan)
+    if problems:
+        raise _combined(problems)
+    return plan
+
+
+def _collect(
+    problems: list[OrthoMergeError],
+    action: Callable[[CheckpointSource], _Result],
+    argument: CheckpointSource,
+) -> _Result | None:
+    try:
+        return action(argument)
+    except ProblemsError as error:
+        problems.extend(error.problems)
+    except OrthoMergeError as error:
+        problems.append(error)
+    return None
+
+
+def _combined(problems: list[OrthoMergeError]) -> OrthoMergeError:
+    return problems[0] if len(problems) == 1 else ProblemsError(problems)
+
+
+def _named_method_problems(request: MergeRequest) -> list[OrthoMergeError]:
+    if request.method is None:
+        return []
+    try:
+        method = get_method(request.method)
+    except UnknownNameError as error:
+        return [error]
+    return check_parameters(method, request.parameters, request.weights, len(request.models))
+
+
+def _choose_method(request: MergeRequest, models: list[Source], base: Source | None) -> MergeMethod:
+    if request.method is not None:
+        return get_method(request.method)
+    if models and all(model.kind == "OFT" for model in models):
+        return get_method("orthomerge")
+    return get_method("linear" if base is None else "task-arithmetic")
+
+
+def _source_problems(
+    method: MergeMethod, models: list[Source], base: Source | None
+) -> list[OrthoMergeError]:
+    problems: list[OrthoMergeError] = []
+    count, most = len(models), method.max_models or math.inf
+    if not method.min_models <= count <= most:
+        wanted = (
+            f"exactly {method.min_models}"
+            if most == method.min_models
+            else f"at least {method.min_models}"
+            if most == math.inf
+            else f"{method.min_models} to {most}"
+        )
+        problems.append(
+            RecipeError(f"{method.name} merges {wanted} model(s)", found=f"{count} given")
+        )
+    if method.needs_base and base is None:
+        problems.append(
+            RecipeError(
+                f"{method.name} needs the base model",
+                remedy="Pass --base (in a recipe: base), or use a method without one: linear.",
+            )
+        )
+    wanted_kind = "OFT" if method.space is Space.ROTATION else "full"
+    for model in models:
+        if model.kind != wanted_kind:
+            problems.append(_kind_problem(method, model, wanted_kind))
+    if base is not None and base.kind != "full":
+        problems.append(
+            RecipeError(
+                "the base must be a full checkpoint", file=base.origin, found=base.description
+            )
+        )
+    return problems
+
+
+def _kind_problem(method: MergeMethod, model: Source, wanted: str) -> RecipeError:
+    legal = "OFT adapters" if wanted == "OFT" else "full checkpoints"
+    remedy = {
+        "full": "For full checkpoints use linear, slerp, task-arithmetic or ties.",
+        "OFT": "For OFT adapters use --method orthomerge (with --base to get a full checkpoint).",
+    }.get(
+        model.kind,
+        f"{model.kind} adapters cannot be merged yet: merge each into its base with PEFT first.",
+    )
+    return RecipeError(
+        f"{method.name} merges {legal}", file=model.origin, found=model.description, remedy=remedy
+    )
+
+
+def _finish(
+    request: MergeRequest,
+    method: MergeMethod,
+    models: list[Source],
+    base: Source | None,
+    draft: Draft,
+) -> Plan:
+    kind = _output_kind(request.output)
+    digested = len(models) + (base is not None)
+    metadata = single_file_metadata(request, method.name, digested) if kind == "file" else None
+    layout = plan_layout(
+        [task.info for task in draft.tasks],
+        max_shard_bytes=request.max_shard_bytes if kind == "folder" else 1 << 62,
+        filename=request.output.name if kind == "file" and request.output else draft.filename,
+        metadata=metadata,
+    )
+    return Plan(
+        request=request,
+        method=method,
+        models=tuple(models),
+        base=base,
+        tasks=tuple(draft.tasks),
+        layout=layout,
+        output_kind=kind,
+        copied_files=draft.copied_files if kind == "folder" else {},
+        written_files=draft.written_files if kind == "folder" else {},
+        compute_dtype=draft.compute_dtype,
+        piece_elements=draft.piece_elements,
+        convention=draft.convention,
+        budget_bytes=memory_budget(request),
+        workers=worker_count(request),
+        notes=tuple(draft.notes),
+    )
+
+
+def _output_kind(output: Path | None) -> OutputKind:
+    if output is None:
+        return "memory"
+    return "file" if output.suffix == ".safetensors" else "folder"
+
+
+def _resource_problems(plan: Plan) -> list[OrthoMergeError]:
+    problems: list[OrthoMergeError] = []
+    largest = max(plan.tasks, key=lambda task: task.peak_bytes, default=None)
+    if largest and largest.peak_bytes > plan.budget_bytes:
+        problems.append(
+            BudgetError(
+                "needs more working memory than the budget",
+                tensor=largest.name,
+                expected=f"at least {largest.peak_bytes} bytes",
+                found=f"{plan.budget_bytes}",
+                remedy="Raise --memory-budget.",
+            )
+        )
+    output = plan.request.output
+    if output is not None:
+        folder = next(path for path in [output, *output.absolute().parents] if path.is_dir())
+        free = shutil.disk_usage(folder).free + _reclaimable(output)
+        if free < plan.write_bytes:
+            problems.append(
+                BudgetError(
+                    "not enough free disk space",
+                    file=folder,
+                    expected=f"{plan.write_bytes} bytes",
+                    found=f"{free} bytes",
+                    remedy="Free some space or choose another output path.",
+                )
+            )
+    return problems
+
+
+def _reclaimable(output: Path) -> int:
+    """Return the size of an earlier partial output, which will be continued or replaced."""
+    partial = output.with_name(output.name + ".partial") / "out"
+    return sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.is_dir() else 0
+
+
+def check_output(plan: Plan, *, overwrite: bool) -> None:
+    """Refuse an output path that must not be written.
+
+    Raises:
+        OutputError: It exists, or would touch an input.
+    """
+    if plan.request.output is not None:
+        sources = [*plan.models, *([plan.base] if plan.base else [])]
+        inputs = [path for source in sources for path in source_files(source)]
+        check_destination(
+            plan.request.output, inputs, single_file=plan.output_kind == "file", overwrite=overwrite
+        )
+
+
+def worker_count(request: MergeRequest) -> int:
+    """Return how many threads work on tensors."""
+    if request.workers is not None:
+        return request.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(_MAX_WORKERS, cores or 1))
+
+
+def memory_budget(request: MergeRequest) -> int:
+    """Return the working memory a merge may use: the request's, or half of what is free."""
+    if request.memory_budget_bytes is not None:
+        return request.memory_budget_bytes
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (ValueError, OSError):
+        return _FALLBACK_BUDGET

@@ -1,0 +1,98 @@
+"""Gather what the provenance of a merge says, from its request, plan and digests."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from orthomerge.checkpoints.digest import DIGEST_PLACEHOLDER, content_digest
+from orthomerge.checkpoints.provenance import PROVENANCE_NAME, model_card, provenance_json
+from orthomerge.merging.plan import MergeRequest, Plan
+
+__all__ = ["final_metadata", "provenance_files", "single_file_metadata", "source_digests"]
+
+
+def source_digests(plan: Plan, details: Mapping[str, Any]) -> list[str]:
+    """Return the content digest of each source, base first, over the tensors that were read."""
+    sources = [*([plan.base] if plan.base else []), *plan.models]
+    found: list[dict[str, str]] = [{} for _ in sources]
+    for task in plan.tasks:
+        for digests, (name, digest) in zip(found, details[task.name]["digests"], strict=True):
+            if name is not None and digest is not None:
+                digests[name] = digest
+    return [
+        content_digest(source.checkpoint.tensors.values(), digests)
+        for source, digests in zip(sources, found, strict=True)
+    ]
+
+
+def single_file_metadata(request: MergeRequest, method: str, sources: int) -> dict[str, str]:
+    """Return the header metadata of a single-file output, with placeholders for the digests.
+
+    The header is written before the inputs are read, so it has to be as long as the final one.
+    """
+    return _metadata(request, method, [DIGEST_PLACEHOLDER] * sources)
+
+
+def final_metadata(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
+    """Return the header metadata of a single-file output with the digests."""
+    return _metadata(plan.request, plan.method.name, digests)
+
+
+def provenance_files(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
+    """Return the provenance files of an output folder: name to text."""
+    request = plan.request
+    content = _content(request, plan.method.name, digests)
+    card = model_card(
+        request.output.name if request.output else "merged",
+        plan.method.name,
+        plan.method.reference,
+        _sources(request, digests),
+        request.recipe,
+        adapter="adapter_config.json" in plan.written_files,
+    )
+    return {PROVENANCE_NAME: provenance_json(content) + "\n", "README.md": card}
+
+
+def _metadata(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, str]:
+    metadata = {"format": "pt"}
+    if request.provenance:
+        metadata["orthomerge"] = provenance_json(_content(request, method, digests), indent=None)
+    return metadata
+
+
+def _content(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, Any]:
+    return {
+        "orthomerge": _version("orthomerge"),
+        "method": method,
+        "recipe": dict(request.recipe),
+        "sources": _sources(request, digests),
+        "seed": request.seed,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("torch", "numpy", "safetensors")},
+        },
+        "device": request.device,
+    }
+
+
+def _sources(request: MergeRequest, digests: Sequence[str]) -> list[dict[str, Any]]:
+    roles: list[tuple[str, Any]] = [("base", request.base)] if request.base is not None else []
+    roles += [("model", model) for model in request.models]
+    return [
+        {"role": role, "origin": _origin(source), "digest": digest}
+        for (role, source), digest in zip(roles, digests, strict=True)
+    ]
+
+
+def _origin(source: Any) -> str:
+    return "state dict" if isinstance(source, Mapping) else str(source)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,110 @@
+"""Carry a plan through to its output: a published folder or file, or tensors in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orthomerge.checkpoints.staging import Staging
+from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
+from orthomerge.merging.engine import execute
+from orthomerge.merging.plan import Plan
+from orthomerge.merging.planner import check_output
+from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["MergeResult", "run_plan"]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge produced.
+
+    Args:
+        plan: What was done.
+        output: The published file or folder; None for a merge in memory.
+        tensors: The merged tensors of a merge in memory.
+        seconds: Wall-clock time of the run.
+        resumed_tensors: How many tensors an earlier run had finished.
+        details: Per output tensor, what its executor reported.
+    """
+
+    plan: Plan
+    output: Path | None
+    tensors: dict[str, torch.Tensor] | None
+    seconds: float
+    resumed_tensors: int = 0
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def rotations(self) -> dict[str, dict[str, float]]:
+        """What was measured of each merged OFT module."""
+        return {k: d["rotation"] for k, d in self.details.items() if "rotation" in d}
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> MergeResult:
+    """Execute a plan and publish its output, whole or not at all.
+
+    Args:
+        plan: From ``build_plan``.
+        resume: Continue an interrupted run of the same plan.
+        overwrite: Replace an existing output.
+        advance: Progress, in input bytes.
+
+    Raises:
+        Interrupted: On Ctrl-C; the partial output stays for ``resume``.
+        OrthoMergeError: With the partial output left, if tensors were finished.
+    """
+    started = time.monotonic()
+    if plan.request.output is None:
+        memory = MemoryWriter({task.name: task.info for task in plan.tasks})
+        details = execute(plan, memory, advance=advance)
+        _check_inputs(plan)
+        elapsed = time.monotonic() - started
+        return MergeResult(plan, None, memory.tensors, elapsed, details=details)
+    check_output(plan, overwrite=overwrite)
+    sources = [*([plan.base] if plan.base else []), *plan.models]
+    fingerprints = [source.checkpoint.fingerprint() for source in sources]
+    output = plan.request.output
+    staging = Staging(output, plan.hash(), fingerprints, resume=resume, overwrite=overwrite)
+    details, resumed = _write(plan, staging, advance)
+    elapsed = time.monotonic() - started
+    return MergeResult(plan, output, None, elapsed, resumed, details)
+
+
+def _write(
+    plan: Plan, staging: Staging, advance: Callable[[int], None] | None
+) -> tuple[dict[str, Any], int]:
+    writer = StreamingWriter(plan.layout, staging)
+    try:
+        details = execute(plan, writer, advance=advance)
+        _check_inputs(plan)
+    except BaseException:
+        writer.abandon()
+        raise
+    digests = source_digests(plan, details) if plan.request.provenance else []
+    single_file = plan.output_kind == "file"
+    files = {name: path.read_bytes() for name, path in plan.copied_files.items()}
+    files |= {name: text.encode() for name, text in plan.written_files.items()}
+    if plan.request.provenance and not single_file:
+        files |= {name: t.encode() for name, t in provenance_files(plan, digests).items()}
+    metadata = final_metadata(plan, digests) if single_file else None
+    writer.publish(files, single_file=single_file, metadata=metadata)
+    return details, len(writer.finished)
+
+
+def _check_inputs(plan: Plan) -> None:
+    for source in [*plan.models, *([plan.base] if plan.base else [])]:
+        source.checkpoint.check_unchanged()
+        source.checkpoint.close()

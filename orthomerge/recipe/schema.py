@@ -1,0 +1,123 @@
+"""The grammar of a merge recipe: what may be written, of which type, with which default.
+
+Only the form is checked here; whether the method knows a parameter is checked in ``loader``, and
+whether the sources fit together by the planner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from orthomerge.checkpoints.dtypes import dtype_from_name
+from orthomerge.errors import OrthoMergeError
+from orthomerge.recipe.sizes import parse_size
+
+__all__ = ["MergeRecipe", "ModelEntry", "OutputSettings", "RunSettings"]
+
+
+def _size(value: Any) -> int:
+    try:
+        return parse_size(value)
+    except OrthoMergeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _dtype(value: Any) -> Any:
+    try:
+        return dtype_from_name(value) and value
+    except (OrthoMergeError, AttributeError) as error:
+        raise ValueError(str(error)) from error
+
+
+Size = Annotated[int, BeforeValidator(_size)]
+Dtype = Annotated[str, BeforeValidator(_dtype)]
+
+
+def _source(value: Any) -> Any:
+    """Accept a path, a hub name or (from Python) a state dict."""
+    if isinstance(value, Path):
+        return str(value)
+    if (isinstance(value, str) and value) or isinstance(value, Mapping):
+        return value
+    raise ValueError("must be a path or hf:org/name")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class ModelEntry(_Strict):
+    """One model to merge."""
+
+    path: Annotated[Any, BeforeValidator(_source)] = Field(
+        description="File, folder or hf:org/name[@revision]."
+    )
+    weight: Any = Field(None, description="Scalar, gradient over the layers, or rules.")
+
+
+class OutputSettings(_Strict):
+    """What is written."""
+
+    path: str | None = Field(None, description="Folder, or a file ending in .safetensors.")
+    dtype: Dtype | None = Field(None, description="dtype of floating tensors; default: the base's.")
+    max_shard_size: Size = Field(5_000_000_000, description="Largest file, e.g. 5GB.")
+    back_map: Literal["auto", "as_trained", "exact"] = Field(
+        "auto", description="How a merged OFT generator becomes a rotation."
+    )
+    provenance: bool = Field(True, description="Record how the output was made.")
+
+
+class RunSettings(_Strict):
+    """How the work is done; none of it changes the result beyond rounding."""
+
+    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
+    compute_dtype: Literal["float32", "float64"] | None = Field(
+        None, description="dtype of the arithmetic; default: float32, float64 for float64 inputs."
+    )
+    memory_budget: Size | None = Field(None, description="Working memory, e.g. 8GB.")
+    workers: int | None = Field(None, ge=1, le=256, description="Threads.")
+
+
+class MergeRecipe(_Strict):
+    """A merge: which models, how, and where to."""
+
+    models: Annotated[list[ModelEntry], Field(min_length=1, description="The models to merge.")]
+    base: Annotated[Any, BeforeValidator(_source)] = Field(
+        None, validate_default=False, description="The model they were fine-tuned from."
+    )
+    method: str | None = Field(None, description="Method id; default: what the models suggest.")
+    parameters: dict[str, Any] = Field(
+        default_factory=dict, description="Method parameters: scalar, gradient or rules."
+    )
+    missing: Literal["error", "copy-base", "skip"] = Field(
+        "error", description="What to do with tensors that not every model has."
+    )
+    seed: int = Field(0, ge=0, description="Seed of methods that draw random numbers.")
+    output: OutputSettings = Field(default_factory=OutputSettings)
+    run: RunSettings = Field(default_factory=RunSettings)
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _short_form(cls, value: Any) -> Any:
+        """Let a model be written as its path alone."""
+        if not isinstance(value, list | tuple):
+            return value
+        written_out = (ModelEntry, Mapping)
+        return [item if isinstance(item, written_out) else {"path": item} for item in value]
+
+    def record(self, method: str) -> dict[str, Any]:
+        """Return the settings that determine the result, for the provenance."""
+        content = self.model_dump(exclude_none=True, exclude={"run": True, "output": {"path"}})
+        for entry in content["models"]:
+            entry["path"] = _spelled(entry["path"])
+        if "base" in content:
+            content["base"] = _spelled(content["base"])
+        return {"method": method, **{k: v for k, v in content.items() if k != "method"}}
+
+
+def _spelled(source: Any) -> str:
+    return source if isinstance(source, str) else "state dict"
