@@ -19,6 +19,7 @@ test: $(VENV)/.ok lint
 lint: $(VENV)/.ok
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p .mypy_cache/packages && ln -sfn ../../cli .mypy_cache/packages/orthomerge_cli
 	$(BIN)/mypy
 
 bench: $(VENV)/.ok

@@ -92,7 +92,7 @@ def _adapter_config(checkpoint: Checkpoint, marked: str | None) -> AdapterConfig
         raise AdapterError(
             f"these are {marked} adapter tensors, but there is no {CONFIG_NAME} beside them",
             file=checkpoint.origin,
-            remedy=f"Put the adapter's {CONFIG_NAME} into the same folder: it says how to read them.",
+            remedy=f"Put its {CONFIG_NAME} into the same folder: it says how to read them.",
         )
     return None
 
@@ -104,4 +104,5 @@ def _is_adapter_file(checkpoint: Checkpoint) -> bool:
 def source_files(source: Source) -> tuple[Path, ...]:
     """Return every path whose overwriting would destroy the source."""
     folder = source.checkpoint.folder
-    return source.checkpoint.files + ((folder,) if folder and folder.is_dir() else ())
+    named_a_file = any(source.origin == str(path) for path in source.checkpoint.files)
+    return source.checkpoint.files + ((folder,) if folder and not named_a_file else ())

@@ -62,8 +62,7 @@ def model_card(
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {name}\n\n"
-        f"Merged with [orthomerge](https://pypi.org/project/orthomerge/), method "
-        f"**{method}** ({reference}).\n\n"
+        f"Merged with orthomerge, method **{method}** ({reference}).\n\n"
         f"| role | source | content digest |\n|---|---|---|\n{rows}\n\n"
         f"## Recipe\n\n```yaml\n{yaml.safe_dump(dict(recipe), sort_keys=False)}```\n"
     )

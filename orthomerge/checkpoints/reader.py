@@ -126,7 +126,7 @@ class FileCheckpoint:
 
         info = self.tensors[name]
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.read_into(name, memoryview(raw.numpy()))
+        self.read_into(name, raw.numpy().data)
         return raw.view(torch_dtype(info.dtype)).reshape(info.shape)
 
     def prefetch(self, name: str) -> None:

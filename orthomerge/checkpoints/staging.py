@@ -153,13 +153,13 @@ class Staging:
                 file=self.root,
                 remedy="Pass --resume to continue it or --overwrite to start afresh.",
             )
-        if not resume and not overwrite and self.root.exists() and any(self.root.iterdir()):
-            if {path.name for path in self.root.iterdir()} - {"lock", "out"}:
-                raise OutputError(
-                    "holds files that orthomerge did not write",
-                    file=self.root,
-                    remedy="Move them away, or choose another output path.",
-                )
+        found = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
+        if found - {"lock", "out", "journal.jsonl", "replaced"}:
+            raise OutputError(
+                "holds files that orthomerge did not write",
+                file=self.root,
+                remedy="Move them away, or choose another output path.",
+            )
 
     def _acquire_lock(self) -> int:
         handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)

@@ -219,7 +219,7 @@ class MemoryWriter:
 
     def write(self, name: str, start: int, data: memoryview) -> None:
         """Copy bytes of a tensor from byte ``start`` on."""
-        memoryview(self._raw[name].numpy())[start : start + len(data)] = data
+        self._raw[name].numpy().data[start : start + len(data)] = data
 
     def finish(self, name: str, details: Any) -> None:
         """Do nothing: there is no journal."""

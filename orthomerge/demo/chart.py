@@ -11,7 +11,7 @@ from orthomerge.demo.results import DemoResult, DemoRow
 __all__ = ["draw_chart"]
 
 _TITLE_ROWS = 1.0  # left free above each group
-_WHITE_TEXT_FROM = 0.6  # accuracy from which a cell is too dark for black text
+_WHITE_TEXT_FROM = 0.55  # accuracy from which a cell is too dark for black text
 _COLOURS = "Blues"
 _ROW_INCHES = 0.3
 _COLUMN_INCHES = 1.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 from orthomerge.demo.data import CLEAN, Split, in_domain
 from orthomerge.demo.evaluation import load_full
@@ -32,7 +33,7 @@ def make_base(out: Path, split: Split, settings: DemoSettings, seed: int) -> Mad
     start = time.perf_counter()
     model = build_model(settings, seed=seed)
     train(model, _view(split, CLEAN, settings.base, seed), settings.base, seed=seed)
-    model.save_pretrained(out / BASE_FOLDER)
+    _save_full(model, out / BASE_FOLDER)
     return MadeModel("base", BASE, BASE_FOLDER, seconds=time.perf_counter() - start)
 
 
@@ -43,8 +44,8 @@ def make_full(out: Path, domain: str, split: Split, settings: DemoSettings, seed
     model = load_full(out / BASE_FOLDER)
     freeze_head(model)
     train(model, _view(split, domain, settings.full, seed), settings.full, seed=seed)
-    model.save_pretrained(out / path)
-    return MadeModel(domain, FULL_EXPERTS, path, seconds=time.perf_counter() - start)
+    _save_full(model, out / path)
+    return MadeModel(f"{domain} expert", FULL_EXPERTS, path, seconds=time.perf_counter() - start)
 
 
 def make_oft(out: Path, domain: str, split: Split, settings: DemoSettings, seed: int) -> MadeModel:
@@ -57,12 +58,22 @@ def make_oft(out: Path, domain: str, split: Split, settings: DemoSettings, seed:
     train(model, _view(split, domain, settings.oft, seed), settings.oft, seed=seed)
     # False: or PEFT asks the hub whether the base's vocabulary has changed.
     model.save_pretrained(out / path, save_embedding_layers=False)
-    model.merge_and_unload().save_pretrained(out / FOLDED / domain)
+    _save_full(model.merge_and_unload(), out / FOLDED / domain)
     seconds = time.perf_counter() - start
-    return MadeModel(domain, OFT_EXPERTS, path, adapter=True, seconds=seconds)
+    return MadeModel(f"{domain} expert", OFT_EXPERTS, path, adapter=True, seconds=seconds)
 
 
 def _view(split: Split, domain: str, settings: TrainSettings, seed: int) -> Split:
     """Return the split in a domain, with fresh damage for each time an image is seen."""
     draws = math.ceil(settings.steps * settings.batch_size / len(split))
     return in_domain(split, domain, seed=seed, part="train", draws=draws)
+
+
+def _save_full(model: Any, folder: Path) -> None:
+    """Save a full checkpoint under the names its tensors have in memory.
+
+    transformers 5 would otherwise write a ViT under the names of version 4, while PEFT names an
+    adapter's tensors after the modules in memory: base and adapter would not fit together. Version
+    4 ignores the argument.
+    """
+    model.save_pretrained(folder, save_original_format=False)

@@ -1,4 +1,4 @@
-"""Write a demo's numbers as JSON, its table as Markdown and its chart as PNG."""
+"""Write a demo's numbers as JSON and its table as Markdown."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ __all__ = ["write_report"]
 
 
 def write_report(result: DemoResult) -> None:
-    """Write the three files into the demo's folder."""
-    from orthomerge.demo.chart import draw_chart
-
-    draw_chart(result)
+    """Write both files into the demo's folder."""
     result.markdown_path.write_text(_markdown(result), encoding="utf-8")
     text = json.dumps(_as_json(result), indent=2, ensure_ascii=False)
     result.json_path.write_text(text + "\n", encoding="utf-8")

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata, util
 from pathlib import Path
 
+from orthomerge.demo.chart import draw_chart
 from orthomerge.demo.data import CLEAN, Digits, in_domain, load_digits
 from orthomerge.demo.evaluation import measure
 from orthomerge.demo.experts import make_base, make_full, make_oft
@@ -82,7 +83,8 @@ def run_demo(
         stages=walk.stages,
     )
     with walk.stage("drawing"):
-        write_report(result)
+        draw_chart(result)
+    write_report(result)
     return result
 
 

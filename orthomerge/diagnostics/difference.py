@@ -81,6 +81,6 @@ def _piece(checkpoint: Checkpoint, name: str, start: int, count: int) -> torch.T
     dtype = checkpoint.tensors[name].dtype
     item = ITEM_SIZES[dtype]
     raw = torch.empty(count * item, dtype=torch.uint8)
-    checkpoint.read_into(name, memoryview(raw.numpy()), start * item)
+    checkpoint.read_into(name, raw.numpy().data, start * item)
     values = raw.view(torch_dtype(dtype))
     return values.double()

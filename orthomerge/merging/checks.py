@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from orthomerge.errors import OrthoMergeError, RecipeError, UnknownNameError
@@ -42,13 +43,11 @@ def check_parameters(
         )
     for position, weight in enumerate(weights or ()):
         where = f"the weight of model {position + 1}"
-        problems += check_value(
-            weight, lambda value, w=where: _check_weight(value, w, method), where
-        )
+        problems += check_value(weight, partial(_check_weight, method, where), where)
     return problems
 
 
-def _check_weight(value: Any, where: str, method: MergeMethod) -> float:
+def _check_weight(method: MergeMethod, where: str, value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not math.isfinite(value):
         raise RecipeError(f"{where} must be a finite number", found=repr(value))

@@ -16,14 +16,14 @@ def add_model_files(donor: Source, draft: Draft) -> None:
     config.json gets the dtype that most of the output's bytes have.
     """
     folder = donor.checkpoint.folder
-    if folder is None:
+    config = read_config(folder)
+    if folder is None or config is None:  # a file that lies somewhere, not a model folder
         return
     draft.copied_files = inherited_files(folder)
-    config = read_config(folder)
     totals: dict[str, int] = {}
     for task in draft.tasks:
         if task.info.dtype in CONFIG_NAMES:
             totals[task.info.dtype] = totals.get(task.info.dtype, 0) + task.info.nbytes
-    if config is not None and totals:
+    if totals:
         main = max(totals, key=lambda dtype: totals[dtype])
         draft.written_files["config.json"] = config_with_dtype(config, CONFIG_NAMES[main])

@@ -56,7 +56,7 @@ class TensorReader:
         self._compute, self._device = compute, device
         self._dtype, self._item = torch_dtype(info.dtype), ITEM_SIZES[info.dtype]
         self._raw = torch.empty(min(piece_elements, self.numel) * self._item, dtype=torch.uint8)
-        self._bytes = memoryview(self._raw.numpy())
+        self._bytes = self._raw.numpy().data
         self._hasher = tensor_hasher() if hashing else None
 
     def piece(self, start: int, count: int) -> Tensor:

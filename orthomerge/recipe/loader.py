@@ -90,7 +90,7 @@ def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str
     Raises:
         RecipeError: A setting has no ``=``, or its path leads nowhere.
     """
-    result = _copied(data)
+    result: dict[str, Any] = _copied(data)
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:

@@ -56,30 +56,35 @@ class ModelEntry(_Strict):
     path: Annotated[Any, BeforeValidator(_source)] = Field(
         description="File, folder or hf:org/name[@revision]."
     )
-    weight: Any = Field(None, description="Scalar, gradient over the layers, or rules.")
+    weight: Any = Field(default=None, description="Scalar, gradient over the layers, or rules.")
 
 
 class OutputSettings(_Strict):
     """What is written."""
 
-    path: str | None = Field(None, description="Folder, or a file ending in .safetensors.")
-    dtype: Dtype | None = Field(None, description="dtype of floating tensors; default: the base's.")
-    max_shard_size: Size = Field(5_000_000_000, description="Largest file, e.g. 5GB.")
-    back_map: Literal["auto", "as_trained", "exact"] = Field(
-        "auto", description="How a merged OFT generator becomes a rotation."
+    path: str | None = Field(default=None, description="Folder, or a file ending in .safetensors.")
+    dtype: Dtype | None = Field(
+        default=None, description="dtype of floating tensors; default: the base's."
     )
-    provenance: bool = Field(True, description="Record how the output was made.")
+    max_shard_size: Size = Field(default=5_000_000_000, description="Largest file, e.g. 5GB.")
+    back_map: Literal["auto", "as_trained", "exact"] = Field(
+        default="auto", description="How a merged OFT generator becomes a rotation."
+    )
+    provenance: bool = Field(default=True, description="Record how the output was made.")
 
 
 class RunSettings(_Strict):
     """How the work is done; none of it changes the result beyond rounding."""
 
-    device: str = Field("cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N.")
-    compute_dtype: Literal["float32", "float64"] | None = Field(
-        None, description="dtype of the arithmetic; default: float32, float64 for float64 inputs."
+    device: str = Field(
+        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N."
     )
-    memory_budget: Size | None = Field(None, description="Working memory, e.g. 8GB.")
-    workers: int | None = Field(None, ge=1, le=256, description="Threads.")
+    compute_dtype: Literal["float32", "float64"] | None = Field(
+        default=None,
+        description="dtype of the arithmetic; default: float32, float64 for float64 inputs.",
+    )
+    memory_budget: Size | None = Field(default=None, description="Working memory, e.g. 8GB.")
+    workers: int | None = Field(default=None, ge=1, le=256, description="Threads.")
 
 
 class MergeRecipe(_Strict):
@@ -87,16 +92,18 @@ class MergeRecipe(_Strict):
 
     models: Annotated[list[ModelEntry], Field(min_length=1, description="The models to merge.")]
     base: Annotated[Any, BeforeValidator(_source)] = Field(
-        None, validate_default=False, description="The model they were fine-tuned from."
+        default=None, validate_default=False, description="The model they were fine-tuned from."
     )
-    method: str | None = Field(None, description="Method id; default: what the models suggest.")
+    method: str | None = Field(
+        default=None, description="Method id; default: what the models suggest."
+    )
     parameters: dict[str, Any] = Field(
         default_factory=dict, description="Method parameters: scalar, gradient or rules."
     )
     missing: Literal["error", "copy-base", "skip"] = Field(
-        "error", description="What to do with tensors that not every model has."
+        default="error", description="What to do with tensors that not every model has."
     )
-    seed: int = Field(0, ge=0, description="Seed of methods that draw random numbers.")
+    seed: int = Field(default=0, ge=0, description="Seed of methods that draw random numbers.")
     output: OutputSettings = Field(default_factory=OutputSettings)
     run: RunSettings = Field(default_factory=RunSettings)
 

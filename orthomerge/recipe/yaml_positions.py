@@ -36,10 +36,12 @@ class Document:
     positions: dict[KeyPath, tuple[int, int]] = field(default_factory=dict)
 
     def where(self, path: KeyPath) -> str:
-        """Return ``file:line:column`` of a key path, or of its nearest known parent."""
+        """Return ``file:line:column`` of a key path or its nearest known parent, else the name."""
         while path and path not in self.positions:
             path = path[:-1]
-        line, column = self.positions.get(path, (1, 1))
+        if path not in self.positions:
+            return self.name
+        line, column = self.positions[path]
         return f"{self.name}:{line}:{column}"
 
 
@@ -99,7 +101,7 @@ class _Reader:
             return self._read_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, (*path, at)) for at, item in enumerate(node.value)]
-        return self._loader.construct_object(node)  # type: ignore[no-untyped-call]
+        return self._loader.construct_object(node)
 
     def _read_mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         result: dict[str, Any] = {}

@@ -85,4 +85,4 @@ class Context:
         output = str(self.plan.request.output or "the result")
         check_finite(rounded.to(self.compute), output, task.name, "the merged tensor")
         raw = rounded.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.sink.write(task.name, start * ITEM_SIZES[task.info.dtype], memoryview(raw))
+        self.sink.write(task.name, start * ITEM_SIZES[task.info.dtype], raw.data)

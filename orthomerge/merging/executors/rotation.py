@@ -75,7 +75,8 @@ def _generator(adapter: OftAdapter, name: str, num_blocks: int, block_size: int)
 
 def _rotate_base(task: Task, context: Context, R: Tensor, shared: bool) -> str | None:
     base = context.plan.base
-    assert base is not None and task.base is not None
+    assert base is not None
+    assert task.base is not None
     columns = math.prod(task.info.shape[1:])
     rows = max(1, context.plan.piece_elements // columns)
     reader = context.reader(base.checkpoint, task.base, hashing=True, piece_elements=rows * columns)
