@@ -10,6 +10,7 @@ from typing import Any
 from orthomerge.checkpoints.digest import DIGEST_PLACEHOLDER, content_digest
 from orthomerge.checkpoints.provenance import PROVENANCE_NAME, model_card, provenance_json
 from orthomerge.merging.plan import MergeRequest, Plan
+from orthomerge.merging.registry import get_method
 
 __all__ = ["final_metadata", "provenance_files", "single_file_metadata", "source_digests"]
 
@@ -50,7 +51,7 @@ def provenance_files(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
         plan.method.name,
         plan.method.reference,
         _sources(request, digests),
-        request.recipe,
+        {**request.recipe, "method": plan.method.name},
         adapter="adapter_config.json" in plan.written_files,
     )
     return {PROVENANCE_NAME: provenance_json(content) + "\n", "README.md": card}
@@ -66,8 +67,9 @@ def _metadata(request: MergeRequest, method: str, digests: Sequence[str]) -> dic
 def _content(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, Any]:
     return {
         "orthomerge": _version("orthomerge"),
+        "recipe": {**request.recipe, "method": method},
         "method": method,
-        "recipe": dict(request.recipe),
+        "parameters": _resolved_parameters(request, method),
         "sources": _sources(request, digests),
         "seed": request.seed,
         "versions": {
@@ -76,6 +78,12 @@ def _content(request: MergeRequest, method: str, digests: Sequence[str]) -> dict
         },
         "device": request.device,
     }
+
+
+def _resolved_parameters(request: MergeRequest, method: str) -> dict[str, Any]:
+    """Return every parameter of the method, defaults filled in."""
+    parameters = get_method(method).parameters
+    return {name: request.parameters.get(name, p.default) for name, p in parameters.items()}
 
 
 def _sources(request: MergeRequest, digests: Sequence[str]) -> list[dict[str, Any]]:

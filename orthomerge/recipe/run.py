@@ -39,7 +39,7 @@ def request_from(recipe: MergeRecipe) -> MergeRequest:
         device=recipe.run.device,
         workers=recipe.run.workers,
         seed=recipe.seed,
-        recipe=recipe.record(recipe.method or "auto"),
+        recipe=recipe.record(),
     )
 
 

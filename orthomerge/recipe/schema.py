@@ -116,14 +116,14 @@ class MergeRecipe(_Strict):
         written_out = (ModelEntry, Mapping)
         return [item if isinstance(item, written_out) else {"path": item} for item in value]
 
-    def record(self, method: str) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """Return the settings that determine the result, for the provenance."""
         content = self.model_dump(exclude_none=True, exclude={"run": True, "output": {"path"}})
         for entry in content["models"]:
             entry["path"] = _spelled(entry["path"])
         if "base" in content:
             content["base"] = _spelled(content["base"])
-        return {"method": method, **{k: v for k, v in content.items() if k != "method"}}
+        return content
 
 
 def _spelled(source: Any) -> str:
