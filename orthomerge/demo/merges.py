@@ -56,7 +56,7 @@ class MergeCommandError(OrthoMergeError):
         super().__init__(
             f"the demo's command '{command}' ended with exit code {exit_code}",
             file=folder,
-            found=stderr.strip() or None,
+            found=" ".join(stderr.split()) or None,
             remedy="Type the command in that folder, with --debug, to see more.",
         )
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-from orthomerge.adapters.convention import EXACT, Kind, OftConvention
+from orthomerge.adapters.convention import EXACT, OftConvention
 from orthomerge.adapters.export import merged_oft_config
 from orthomerge.adapters.keys import base_tensor_name, base_weight_name
-from orthomerge.adapters.oft import OftAdapter, OftModule, oft_key
+from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
@@ -29,40 +28,15 @@ from orthomerge.merging.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.files import add_model_files
+from orthomerge.merging.oft_modules import JoinedModule, joined_modules
 from orthomerge.merging.plan import MergeRequest, Task, TaskKind
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
-__all__ = ["MergedModule", "draft_tasks", "merged_modules"]
+__all__ = ["draft_tasks"]
 
 _ALGEBRA_COPIES = 8  # fp64 copies of a module's blocks that are alive while it is merged
 _AVERAGE = "linear"
-
-
-@dataclass(frozen=True, slots=True)
-class MergedModule:
-    """One rotated module of the output.
-
-    Args:
-        name: Module path.
-        kind: Linear (or convolution), or embedding.
-        num_blocks: Blocks to store; 1 if shared.
-        block_size: Common block size: the adapters' least common multiple.
-        shared: Every adapter that rotates it shares one block.
-        parts: The module in each adapter; None where it is not rotated.
-    """
-
-    name: str
-    kind: Kind
-    num_blocks: int
-    block_size: int
-    shared: bool
-    parts: tuple[OftModule | None, ...]
-
-    @property
-    def packed_shape(self) -> tuple[int, int]:
-        """Shape of the stored tensor."""
-        return self.num_blocks, self.block_size * (self.block_size - 1) // 2
 
 
 def draft_tasks(
@@ -74,53 +48,13 @@ def draft_tasks(
     stored = base.checkpoint.tensors.values() if base else ()
     draft.compute_dtype = compute_dtype(request, [info.dtype for info in stored])
     draft.convention = _convention(request, adapters, base is not None, draft)
-    modules = merged_modules(adapters, draft.problems)
+    modules = joined_modules(adapters, draft.problems)
     _note_identities(modules, adapters, draft)
     if base is None:
         _draft_adapter(request, method, adapters, modules, draft)
     else:
         _draft_full(request, method, adapters, modules, base, draft)
     return draft
-
-
-def merged_modules(
-    adapters: Sequence[OftAdapter], problems: list[OrthoMergeError]
-) -> dict[str, MergedModule]:
-    """Match the adapters' modules by name and settle their common block size."""
-    names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
-    merged = {}
-    for name in names:
-        parts = tuple(adapter.modules.get(name) for adapter in adapters)
-        try:
-            merged[name] = _merged_module(name, parts)
-        except AdapterError as error:
-            problems.append(error)
-    return merged
-
-
-def _merged_module(name: str, parts: tuple[OftModule | None, ...]) -> MergedModule:
-    present = [part for part in parts if part is not None]
-    size = math.lcm(*(part.block_size for part in present))
-    shared = all(part.shared for part in present)
-    widths = {part.num_blocks * part.block_size for part in present if not part.shared}
-    if len({part.kind for part in present}) > 1 or len(widths) > 1:
-        raise AdapterError(
-            "the adapters disagree about this module",
-            tensor=name,
-            found=", ".join(f"{part.kind} {part.num_blocks}x{part.block_size}" for part in present),
-            remedy="Merge adapters that were trained on one base model.",
-        )
-    width = next(iter(widths), size)
-    if width % size:
-        raise AdapterError(
-            "the adapters' block sizes have no common multiple that divides its width",
-            tensor=name,
-            expected=f"a divisor of {width}",
-            found=f"{size}",
-            remedy="Merge adapters of one block size.",
-        )
-    blocks = 1 if shared else width // size
-    return MergedModule(name, present[0].kind, blocks, size, shared, parts)
 
 
 def _convention(
@@ -152,7 +86,7 @@ def _convention(
 
 
 def _note_identities(
-    modules: dict[str, MergedModule], adapters: Sequence[OftAdapter], draft: Draft
+    modules: dict[str, JoinedModule], adapters: Sequence[OftAdapter], draft: Draft
 ) -> None:
     for position, adapter in enumerate(adapters):
         absent = [name for name, module in modules.items() if module.parts[position] is None]
@@ -167,21 +101,21 @@ def _draft_adapter(
     request: MergeRequest,
     method: MergeMethod,
     adapters: Sequence[OftAdapter],
-    modules: dict[str, MergedModule],
+    modules: dict[str, JoinedModule],
     draft: Draft,
 ) -> None:
     assert draft.convention is not None
     layers = LayerMap.of([*modules, *_other_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for name, module in modules.items():
-        stored = next(part.dtype for part in module.parts if part)
-        dtype = dtype_from_name(request.dtype) if request.dtype else stored
+        own = next(part.dtype for part in module.parts if part)
+        dtype = dtype_from_name(request.dtype) if request.dtype else own
         info = TensorInfo(oft_key(name, module.kind), dtype, module.packed_shape)
         settings = resolve_settings(request, method, name, layers)
         draft.tasks.append(_rotate_task(method, info, module, None, settings, draft))
     for name in _other_names(adapters):
-        key = next(a.others[name] for a in adapters if name in a.others)
-        draft.tasks += _other_task(request, method, key, name, adapters, layers, draft)
+        stored = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
+        draft.tasks += _other_task(request, method, stored, name, adapters, layers, draft)
     for position, adapter in enumerate(adapters):
         known = {task.name for task in draft.tasks}
         for key in adapter.base_copies.values():
@@ -193,7 +127,7 @@ def _draft_adapter(
                 )
     try:
         config = merged_oft_config(
-            adapters, draft.convention, {name: m.block_size for name, m in modules.items()}
+            adapters, draft.convention, {name: m.stored for name, m in modules.items()}
         )
         draft.written_files["adapter_config.json"] = json.dumps(config, indent=2) + "\n"
     except AdapterError as error:
@@ -204,12 +138,12 @@ def _draft_full(
     request: MergeRequest,
     method: MergeMethod,
     adapters: Sequence[OftAdapter],
-    modules: dict[str, MergedModule],
+    modules: dict[str, JoinedModule],
     base: Source,
     draft: Draft,
 ) -> None:
     tensors = base.checkpoint.tensors
-    targets: dict[str, MergedModule] = {}
+    targets: dict[str, JoinedModule] = {}
     others: dict[str, str] = {}
     for name, module in modules.items():
         try:
@@ -227,7 +161,10 @@ def _draft_full(
     draft.problems += rule_problems(request, method, layers.positions)
     for name in dict.fromkeys([*tensors, *others]):
         if name in others:
-            draft.tasks += _other_task(request, method, name, others[name], adapters, layers, draft)
+            carried = next(a for a in adapters if others[name] in a.others)
+            stored = carried.source.tensors[carried.others[others[name]]]
+            info = tensors.get(name, TensorInfo(name, stored.dtype, stored.shape))
+            draft.tasks += _other_task(request, method, info, others[name], adapters, layers, draft)
             continue
         info = tensors[name]
         floating = is_float(info.dtype)
@@ -242,7 +179,7 @@ def _draft_full(
     add_model_files(base, draft)
 
 
-def _width_problems(module: MergedModule, info: TensorInfo) -> list[OrthoMergeError]:
+def _width_problems(module: JoinedModule, info: TensorInfo) -> list[OrthoMergeError]:
     columns = math.prod(info.shape[1:]) if len(info.shape) > 1 else 0
     width = module.num_blocks * module.block_size
     fits = columns > 0 and (columns % width == 0 if module.shared else columns == width)
@@ -266,7 +203,7 @@ def _other_names(adapters: Sequence[OftAdapter]) -> list[str]:
 def _rotate_task(
     method: MergeMethod,
     info: TensorInfo,
-    module: MergedModule,
+    module: JoinedModule,
     base: TensorInfo | None,
     settings: Settings,
     draft: Draft,
@@ -302,7 +239,7 @@ def _copy_task(info: TensorInfo, models: tuple[str | None, ...], base: TensorInf
 def _other_task(
     request: MergeRequest,
     method: MergeMethod,
-    output_name: str,
+    info: TensorInfo,
     name: str,
     adapters: Sequence[OftAdapter],
     layers: LayerMap,
@@ -311,26 +248,24 @@ def _other_task(
     """Average a whole tensor (a trained head or bias) over the adapters that carry it."""
     keys = tuple(adapter.others.get(name) for adapter in adapters)
     infos = [a.source.tensors[key] for a, key in zip(adapters, keys, strict=True) if key]
-    if len({info.shape for info in infos}) > 1 or not all(is_float(info.dtype) for info in infos):
+    shapes = {entry.shape for entry in [info, *infos]}
+    if len(shapes) > 1 or not all(is_float(entry.dtype) for entry in infos):
         draft.problems.append(
             AdapterError(
                 "the adapters' copies of this tensor cannot be averaged",
                 tensor=name,
-                found=", ".join(f"{info.dtype} {list(info.shape)}" for info in infos),
-                remedy="Merge adapters whose trained heads have one shape.",
+                found=", ".join(f"{entry.dtype} {list(entry.shape)}" for entry in infos),
+                remedy="Merge adapters whose trained heads have one shape, that of the base's.",
             )
         )
         return []
-    dtype = dtype_from_name(request.dtype) if request.dtype else infos[0].dtype
-    weights = resolve_settings(
-        request, method, layers_name(output_name, name, layers), layers
-    ).weights
+    dtype = dtype_from_name(request.dtype) if request.dtype else info.dtype
+    known = info.name if info.name in layers.positions else name
+    weights = resolve_settings(request, method, known, layers).weights
+    settings = Settings(weights, {"normalize": True})
+    problem = weight_sum_problem(method, settings, [key is not None for key in keys], name)
+    draft.problems += [problem] if problem else []
     peak = draft.piece_elements * 4 * (2 * len(infos) + 4)
-    info = TensorInfo(output_name, dtype, infos[0].shape)
     read = sum(entry.nbytes for entry in infos)
-    return [Task(info, "merge", keys, None, weights, {"normalize": True}, peak, read, _AVERAGE)]
-
-
-def layers_name(output_name: str, name: str, layers: LayerMap) -> str:
-    """Return the name under which rules and gradients know a tensor."""
-    return output_name if output_name in layers.positions else name
+    out = TensorInfo(info.name, dtype, info.shape)
+    return [Task(out, "merge", keys, None, weights, {"normalize": True}, peak, read, _AVERAGE)]

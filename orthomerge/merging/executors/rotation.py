@@ -18,7 +18,7 @@ from orthomerge.checkpoints.digest import hash_tensor
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import orthogonality, regroup_blocks
 from orthomerge.merging.executors.context import Context
-from orthomerge.merging.oft_plan import merged_modules
+from orthomerge.merging.oft_modules import join_module
 from orthomerge.merging.plan import Task
 
 __all__ = ["run"]
@@ -29,17 +29,12 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     plan = context.plan
     adapters = [model.oft for model in plan.models if model.oft is not None]
     name = next(name for name in task.models if name is not None)
-    module = merged_modules([_only(a, name) for a in adapters], [])[name]
+    module = join_module(name, tuple(adapter.modules.get(name) for adapter in adapters))
+    shape = module.num_blocks, module.block_size, module.block_size
     generators = [
-        _generator(adapter, name, module.num_blocks, module.block_size).to(context.device)
+        _generator(adapter, name, shape).to(context.device)
         if name in adapter.modules
-        else torch.zeros(
-            module.num_blocks,
-            module.block_size,
-            module.block_size,
-            dtype=torch.float64,
-            device=context.device,
-        )
+        else torch.zeros(shape, dtype=torch.float64, device=context.device)
         for adapter in adapters
     ]
     merged = plan.method.function(generators, weights=list(task.weights), **task.parameters)
@@ -56,21 +51,12 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     return {"digests": digests, "rotation": _measures(generators, merged, R)}
 
 
-def _only(adapter: OftAdapter, name: str) -> OftAdapter:
-    """Return the adapter restricted to one module."""
-    modules = {name: adapter.modules[name]} if name in adapter.modules else {}
-    return OftAdapter(
-        adapter.origin, adapter.config, adapter.convention, modules, {}, {}, adapter.source
-    )
-
-
-def _generator(adapter: OftAdapter, name: str, num_blocks: int, block_size: int) -> Tensor:
+def _generator(adapter: OftAdapter, name: str, shape: tuple[int, int, int]) -> Tensor:
     """Return an adapter's generator in the merged module's blocks."""
     blocks = adapter.skew(name, torch.float64)
-    factor = block_size // blocks.shape[-1]
     if adapter.modules[name].shared:
-        blocks = blocks.expand(num_blocks * factor, -1, -1)
-    return regroup_blocks(blocks, block_size)
+        blocks = blocks.expand(shape[0] * shape[1] // blocks.shape[-1], -1, -1)
+    return regroup_blocks(blocks, shape[1])
 
 
 def _rotate_base(task: Task, context: Context, R: Tensor, shared: bool) -> str | None:
