@@ -52,7 +52,7 @@ class MergeCommandError(OrthoMergeError):
 
     def __init__(self, command: str, exit_code: int, stderr: str, folder: Path) -> None:
         self.command, self.stderr = command, stderr
-        self.exit_code = exit_code  # type: ignore[misc]
+        self.exit_code = max(exit_code, 1)  # type: ignore[misc]  # negative: ended by a signal
         super().__init__(
             f"the demo's command '{command}' ended with exit code {exit_code}",
             file=folder,

@@ -12,7 +12,7 @@ from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.folder import is_tied, read_config, tied_alias
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.errors import OrthoMergeError, TensorMismatchError
+from orthomerge.errors import OrthoMergeError, RecipeError, TensorMismatchError
 from orthomerge.merging.draft import (
     Draft,
     Settings,
@@ -49,6 +49,7 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
         draft.tasks += _draft_task(request, method, name, row, base is not None, layers, draft)
+    draft.problems += _scope_problems(method, draft.tasks)
     add_model_files(sources[0], draft)
     return draft
 
@@ -218,6 +219,21 @@ def _peak_bytes(
     if kind == "merge" and method.survey is not None:
         collected = int(_SURVEY_SHARE * info.numel) * lifted
     return piece * per_element + collected
+
+
+def _scope_problems(method: MergeMethod, tasks: Sequence[Task]) -> list[OrthoMergeError]:
+    """A survey of the whole model runs once, so its parameters cannot vary within the model."""
+    merged = [task.parameters for task in tasks if task.kind == "merge"]
+    if method.survey is None or not any(p.get("scope") == "model" for p in merged):
+        return []
+    varying = [key for key in merged[0] if len({str(p[key]) for p in merged}) > 1]
+    return [
+        RecipeError(
+            f"with scope: model the parameter '{key}' must have one value for all tensors",
+            remedy="Give it one value, or use scope: tensor.",
+        )
+        for key in varying
+    ]
 
 
 def _shape_problem(name: str, row: _Row) -> OrthoMergeError:

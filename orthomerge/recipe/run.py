@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
 from orthomerge.merging.plan import MergeRequest, Plan
 from orthomerge.merging.planner import build_plan
-from orthomerge.merging.run import MergeResult, run_plan
 from orthomerge.recipe.loader import recipe_from_data
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document
+
+if TYPE_CHECKING:
+    from orthomerge.merging.run import MergeResult
 
 __all__ = ["merge", "plan", "plan_recipe", "request_from"]
 
@@ -133,5 +135,7 @@ def merge(
         >>> merge([a, b], weights=[1.0, 3.0]).tensors["w"]
         tensor([0.7500, 0.7500])
     """
+    from orthomerge.merging.run import run_plan  # imports torch, which planning does without
+
     prepared = plan(models, **settings)
     return run_plan(prepared, resume=resume, overwrite=overwrite, advance=advance)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from orthomerge.checkpoints.digest import tensor_hasher
-from orthomerge.checkpoints.dtypes import ITEM_SIZES
+from orthomerge.checkpoints.dtypes import FLOAT_DTYPES, ITEM_SIZES, torch_dtype
 from orthomerge.errors import TensorMismatchError
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.plan import Task
+from orthomerge.merging.streams import check_finite
 
 __all__ = ["run", "run_conversion"]
 
@@ -20,7 +23,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def run(task: Task, context: Context) -> dict[str, Any]:
-    """Copy the first source's bytes; refuse when another source's bytes differ."""
+    """Copy the first source's bytes; refuse when another's differ, or when they are not finite."""
     sources = [(c, name) for c, name in context.checkpoints(task) if name is not None]
     buffers = [memoryview(bytearray(min(_BLOCK_BYTES, task.info.nbytes))) for _ in sources]
     hashers = [tensor_hasher() for _ in sources]
@@ -34,6 +37,9 @@ def run(task: Task, context: Context) -> dict[str, Any]:
                 hasher.update(block)
             if block != blocks[0]:
                 raise _differs(task, sources[0][0].origin, checkpoint.origin)
+        if task.info.dtype in FLOAT_DTYPES:
+            values = torch.frombuffer(blocks[0], dtype=torch_dtype(task.info.dtype))
+            check_finite(values.to(context.compute), sources[0][0].origin, task.name, "the input")
         context.sink.write(task.name, start, blocks[0])
         context.advance(count * len(sources))
     digests = iter(hasher.hexdigest() for hasher in hashers)

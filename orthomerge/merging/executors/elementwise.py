@@ -24,7 +24,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     arguments = dict(task.parameters)
     if method.uses_weights:
         arguments["weights"] = weights
-    if method.survey is not None:
+    if method.survey is not None and task.info.numel:
         arguments["survey"] = _survey(method, task, context)
     models, base = _readers(task, context, hashing=True)
     digested = [reader for reader in (base, *models) if reader is not None]
