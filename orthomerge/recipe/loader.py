@@ -21,7 +21,7 @@ from orthomerge.errors import (
 from orthomerge.merging.checks import check_parameters
 from orthomerge.merging.registry import get_method
 from orthomerge.recipe.schema import MergeRecipe
-from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+from orthomerge.recipe.yaml_positions import Document, load_yaml_file, parse_value
 
 __all__ = ["apply_settings", "check_recipe", "load_recipe", "recipe_from_data"]
 
@@ -96,7 +96,7 @@ def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str
         if not equals or not key:
             raise RecipeError(f"'{setting}' is not of the form key=value", remedy="See --help.")
         try:
-            value = yaml.safe_load(text)
+            value = parse_value(text)
         except yaml.YAMLError as error:
             raise RecipeError(f"the value of '{setting}' is not valid YAML") from error
         parts = key.split(".")

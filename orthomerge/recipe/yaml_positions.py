@@ -5,6 +5,7 @@ Safe tags only, duplicate keys refused, aliases limited, so that a recipe from a
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import yaml
 
 from orthomerge.errors import OrthoMergeError, ProblemsError, RecipeError
 
-__all__ = ["Document", "load_yaml"]
+__all__ = ["Document", "load_yaml", "load_yaml_file", "parse_value"]
 
 _MAX_NODES = 100_000
+_PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 #: Keys and list positions that lead to a value.
 KeyPath = tuple[str | int, ...]
@@ -52,7 +54,7 @@ def load_yaml(text: str, name: str) -> Document:
         RecipeError: It is not valid YAML, with line and column.
         ProblemsError: Several keys appear twice.
     """
-    loader = yaml.SafeLoader(text)
+    loader = _Loader(text)
     try:
         node = loader.get_single_node()
         reader = _Reader(loader, Document(None, name))
@@ -85,6 +87,26 @@ def load_yaml_file(path: Path) -> Document:
     return load_yaml(text, str(path))
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader, reading ``1e-6`` as a number: YAML 1.1 wants ``1.0e-6``, people do not."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d[\d_]*(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_value(text: str) -> Any:
+    """Parse a small YAML value, such as the right side of ``--set``.
+
+    Raises:
+        yaml.YAMLError: It is not valid.
+    """
+    return yaml.load(text, _Loader)
+
+
 class _Reader:
     def __init__(self, loader: yaml.SafeLoader, document: Document) -> None:
         self.document = document
@@ -97,6 +119,11 @@ class _Reader:
         if self._nodes > _MAX_NODES or len(path) > 64:
             raise RecipeError("is too large or too deeply nested", file=self.document.name)
         self.document.positions.setdefault(path, _place(node))
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _PLAIN_TAGS:
+            raise RecipeError(
+                f"is not valid YAML: the tag {node.tag} is not allowed",
+                file=_name(self.document, node),
+            )
         if isinstance(node, yaml.MappingNode):
             return self._read_mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
