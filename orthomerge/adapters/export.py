@@ -22,6 +22,19 @@ __all__ = ["MergedModule", "common_convention", "merged_oft_config", "stored_fro
 
 # The version that introduced what is written: the config's meaning, not the installed package.
 _VERSION, _EMBEDDING_VERSION = "0.18.0", "0.19.0"
+# Settings that say the same of every merged adapter.
+_FIXED = {
+    "peft_type": "OFT",
+    "coft": False,
+    "eps": 6e-5,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_weights": True,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "module_dropout": 0.0,
+}
 _BIAS_STRENGTH = ("none", "oft_only", "all")
 
 
@@ -122,23 +135,14 @@ def merged_oft_config(
     first = adapters[0].config.values
     biases = [str(one.config.values.get("bias") or "none") for one in adapters]
     return {
+        **_FIXED,
         "auto_mapping": _agreed(adapters, "auto_mapping"),
         "base_model_name_or_path": first.get("base_model_name_or_path"),
         "bias": max(biases, key=_bias_strength),
         "block_share": shared == {True},
-        "coft": False,
-        "eps": 6e-5,
-        "exclude_modules": None,
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "module_dropout": 0.0,
         "modules_to_save": saved or None,
         "num_cayley_neumann_terms": convention.terms,
         "oft_block_size": value if setting == "oft_block_size" else 0,
-        "peft_type": "OFT",
         "peft_version": _EMBEDDING_VERSION if embeds else _VERSION,
         "r": value if setting == "r" else 0,
         "revision": first.get("revision"),

@@ -28,7 +28,9 @@ _TORCH_NAMES = {
     "U8": "uint8",
     "I8": "int8",
     "F8_E5M2": "float8_e5m2",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
     "F8_E4M3": "float8_e4m3fn",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
     "I16": "int16",
     "U16": "uint16",
     "F16": "float16",
@@ -46,14 +48,25 @@ _SIZES = {"8": 1, "16": 2, "32": 4, "64": 8}
 ITEM_SIZES: dict[str, int] = {
     "BOOL": 1,
     "F8_E5M2": 1,
+    "F8_E5M2FNUZ": 1,
     "F8_E4M3": 1,
+    "F8_E4M3FNUZ": 1,
     "BF16": 2,
     "C64": 8,
     **{kind + bits: size for kind in "FIU" for bits, size in _SIZES.items() if kind + bits != "F8"},
 }
 
 #: Dtypes that can be averaged, widest last.
-FLOAT_DTYPES: tuple[str, ...] = ("F8_E5M2", "F8_E4M3", "F16", "BF16", "F32", "F64")
+FLOAT_DTYPES: tuple[str, ...] = (
+    "F8_E5M2",
+    "F8_E5M2FNUZ",
+    "F8_E4M3",
+    "F8_E4M3FNUZ",
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+)
 
 #: safetensors name -> the name used in a model's config.json and on the command line.
 CONFIG_NAMES: dict[str, str] = {name: _TORCH_NAMES[name] for name in FLOAT_DTYPES}

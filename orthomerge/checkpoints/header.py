@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ __all__ = ["Header", "TensorInfo", "encode_header", "read_header"]
 
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 _ALIGNMENT = 8
+_MAX_BYTES = 2**63 - 1  # of one tensor: what torch can count
+_MAX_QUOTED = 80  # characters of a wrong value that a message repeats
 _REFETCH = "The file is damaged or was not written by safetensors: fetch or save it again."
 
 
@@ -62,6 +65,8 @@ def read_header(path: Path) -> Header:
             unknown, or the tensors do not fill the file exactly, without gap or overlap.
     """
     try:
+        if stat.S_ISFIFO(path.stat().st_mode):  # opening one waits for a writer
+            raise HeaderError("not a regular file", file=path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -126,12 +131,26 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
         raise HeaderError("the header does not start with '{'", file=path, remedy=_REFETCH)
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+        _check_unicode(entries)
     except (ValueError, RecursionError) as error:
         raise HeaderError(
             f"the header is not valid JSON: {error}", file=path, remedy=_REFETCH
         ) from error
     assert isinstance(entries, dict)  # it starts with '{' and parsed
     return entries
+
+
+def _check_unicode(entries: Mapping[str, Any]) -> None:
+    """Refuse lone surrogates: JSON can escape them, but no file name or UTF-8 text can hold them.
+
+    Raises:
+        UnicodeEncodeError: A name or a metadata text holds one.
+    """
+    metadata = entries.get("__metadata__")
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else []
+    for text in [*entries, *texts]:
+        if isinstance(text, str):
+            text.encode()
 
 
 def _check_metadata(path: Path, metadata: Any) -> dict[str, str]:
@@ -150,7 +169,7 @@ def _check_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
             tensor=name,
             remedy=_REFETCH,
             expected=facts.get("expected"),
-            found=facts.get("found"),
+            found=_quoted(facts["found"]) if "found" in facts else None,
         )
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
@@ -160,12 +179,14 @@ def _check_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         raise wrong("unknown dtype", expected=", ".join(ITEM_SIZES), found=dtype)
     if not _is_sizes(shape):
         raise wrong("the shape must be a list of non-negative integers", found=shape)
+    if not _is_countable(shape, ITEM_SIZES[dtype]):
+        raise wrong("the shape is too large", found=shape)
     if not _is_sizes(offsets) or len(offsets) != 2:
         raise wrong("data_offsets must be two non-negative integers", found=offsets)
     info = TensorInfo(name, dtype, tuple(shape), start + offsets[0], start + offsets[1])
     if info.end - info.begin != info.nbytes:
         raise wrong(
-            f"shape {list(shape)} of {dtype} does not match its data_offsets",
+            f"shape {_quoted(shape)} of {dtype} does not match its data_offsets",
             expected=f"{info.nbytes} bytes",
             found=f"{info.end - info.begin} bytes",
         )
@@ -174,6 +195,21 @@ def _check_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
 
 def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _is_countable(shape: list[int], item_size: int) -> bool:
+    """Return whether a tensor's strides fit 64 bits, also where another dimension is 0."""
+    total = item_size
+    for size in shape:
+        total *= max(size, 1)
+        if total > _MAX_BYTES:
+            return False
+    return True
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= _MAX_QUOTED else text[:_MAX_QUOTED] + "…"
 
 
 def _check_layout(path: Path, tensors: list[TensorInfo], start: int, size: int) -> None:

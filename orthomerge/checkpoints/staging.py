@@ -135,6 +135,10 @@ class Staging:
         self.close()
         shutil.rmtree(self.root)
 
+    def discard(self) -> None:
+        """Remove the partial output."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
     def close(self) -> None:
         """Release the journal and the lock; the partial output stays."""
         self._journal.close()

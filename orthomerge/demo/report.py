@@ -84,7 +84,8 @@ def _notes() -> list[str]:
     The classifier head is trained with the base and never again: all experts share it. The full
     fine-tunes train everything else, the OFT adapters rotate the attention's and MLP's linear
     layers. "Folded" experts are the OFT adapters as PEFT folds them into the base, merged as
-    ordinary checkpoints; only these rows and the orthomerge rows start from the same experts. All
-    strengths come from the methods' papers or defaults and were fixed beforehand; none was tuned.
+    ordinary checkpoints; only these rows and the orthomerge rows start from the same experts. The
+    strengths were fixed before any merge was measured; none was tuned. One split, one seed, a model
+    of seventy thousand parameters: this shows how merging works, not which method is best.
     """
     return textwrap.wrap(" ".join(text.split()), 100)

@@ -94,7 +94,7 @@ class DemoResult:
         out: The demo's folder; it keeps the base, the experts and the merges.
         columns: Names of the accuracy columns: ``"clean"``, then the experts' domains.
         rows: One row for each model, group by group.
-        settings: Seed, sizes, steps and strengths, fixed before anything was measured.
+        settings: Seed, sizes, steps, learning rates and the merges' strengths.
         versions: Versions of Python and of the packages used.
         stages: Wall-clock seconds of each stage, in order.
     """

@@ -73,18 +73,15 @@ def merge_algebra(
         A_m in float32 or float64, and the numbers behind it.
 
     Raises:
-        NumericalError: A weight is negative or not finite, all are zero, their count is not T,
-            a setting is out of range, or the inputs are not finite.
+        NumericalError: Bad weights or settings, or inputs that are not finite.
         UnknownNameError: ``correction`` is none of the three.
 
     References:
         OrthoMerge, arXiv:2602.05943, magnitude-corrected merging.
 
     >>> A = torch.tensor([[0.0, 1.0], [-1.0, 0.0]])
-    >>> merged, info = merge_algebra(torch.stack([A, 3 * A]), [1, 1])
-    >>> merged, info.factors
-    (tensor([[ 0.,  2.],
-            [-2.,  0.]]), (1.0,))
+    >>> merge_algebra(torch.stack([A, 3 * A]), [1, 1])[1].factors
+    (1.0,)
     """
     if correction not in get_args(Correction):
         raise UnknownNameError("correction", correction, get_args(Correction))
@@ -96,30 +93,32 @@ def merge_algebra(
         S.add_(A, alpha=share)
 
     input_norms, sum_norms = _block_norms(X), _block_norms(S[None])[0]
-    norms = torch.linalg.vector_norm(input_norms, dim=-1).tolist()
-    sum_norm = float(torch.linalg.vector_norm(sum_norms))
-    factors = torch.ones(1, dtype=torch.float64)
-    zeroed = capped = 0
-    if correction != "none":
-        by_block = correction == "block"
-        inputs = input_norms if by_block else torch.tensor(norms, dtype=torch.float64)[:, None]
-        sums = sum_norms if by_block else torch.tensor([sum_norm], dtype=torch.float64)
-        means = torch.tensor(shares, dtype=torch.float64) @ inputs
-        noise = sums <= zero_guard * means
-        # At least 1 by the triangle inequality; rounding must not say otherwise.
-        raw = (means / torch.where(noise, 1.0, sums)).clamp(min=1.0)
-        factors = torch.where(noise, 0.0, raw.clamp(max=c_max))
-        zeroed, capped = int(noise.sum()), int((~noise & (raw > c_max)).sum())
+    norms = torch.linalg.vector_norm(input_norms, dim=-1)
+    sum_norm = torch.linalg.vector_norm(sum_norms)[None]
+    inputs, sums = (input_norms, sum_norms) if correction == "block" else (norms[:, None], sum_norm)
+    if correction == "none":
+        factors, zeroed, capped = torch.ones(1, dtype=torch.float64), 0, 0
+    else:
+        factors, zeroed, capped = _factors(inputs, sums, shares, c_max, zero_guard)
     merged = S * _spread(strength * factors, S)
-    return merged, AlgebraMerge(
-        correction=correction,
-        factors=tuple(factors.tolist()),
-        norms=tuple(norms),
-        sum_norm=sum_norm,
-        merged_norm=float(torch.linalg.vector_norm(_block_norms(merged[None]))),
-        zeroed=zeroed,
-        capped=capped,
-    )
+    merged_norm = torch.linalg.vector_norm(_block_norms(merged[None]))
+    found = tuple(factors.tolist()), tuple(norms.tolist()), float(sum_norm), float(merged_norm)
+    return merged, AlgebraMerge(correction, *found, zeroed, capped)
+
+
+def _factors(
+    inputs: torch.Tensor, sums: torch.Tensor, shares: list[float], c_max: float, zero_guard: float
+) -> tuple[torch.Tensor, int, int]:
+    """Return c for each group, and how many were zeroed and capped.
+
+    inputs [T, groups] and sums [groups] are norms in float64; a group is a layer or a block.
+    """
+    means = torch.tensor(shares, dtype=torch.float64) @ inputs
+    noise = sums <= zero_guard * means
+    # At least 1 by the triangle inequality; rounding must not say otherwise.
+    raw = (means / torch.where(noise, 1.0, sums)).clamp(min=1.0)
+    factors = torch.where(noise, 0.0, raw.clamp(max=c_max))
+    return factors, int(noise.sum()), int((~noise & (raw > c_max)).sum())
 
 
 def _spread(factors: torch.Tensor, S: torch.Tensor) -> torch.Tensor:

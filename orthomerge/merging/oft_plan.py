@@ -15,6 +15,7 @@ from orthomerge.adapters.keys import base_tensor_name, base_weight_name
 from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.folder import is_tied, read_config
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
 from orthomerge.merging.draft import (
@@ -116,15 +117,10 @@ def _draft_adapter(
     for name in _other_names(adapters):
         stored = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += _other_task(request, method, stored, name, adapters, layers, draft)
-    for position, adapter in enumerate(adapters):
-        known = {task.name for task in draft.tasks}
-        for key in adapter.base_copies.values():
-            if key not in known:
-                info = adapter.source.tensors[key]
-                models = tuple(key if i == position else None for i in range(len(adapters)))
-                draft.tasks.append(
-                    _copy_task(TensorInfo(key, info.dtype, info.shape), models, None)
-                )
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.base_copies):
+        models = tuple(adapter.base_copies.get(name) for adapter in adapters)
+        info = next(a.source.tensors[k] for a, k in zip(adapters, models, strict=True) if k)
+        draft.tasks.append(_copy_task(info, models, None))
     try:
         config = merged_oft_config(
             adapters, draft.convention, {name: m.stored for name, m in modules.items()}
@@ -148,6 +144,7 @@ def _draft_full(
     for name, module in modules.items():
         try:
             targets[base_weight_name(name, tensors)] = module
+            draft.problems += _tied_problems(module, base)
             draft.problems += _width_problems(module, tensors[base_weight_name(name, tensors)])
         except AdapterError as error:
             draft.problems.append(error)
@@ -192,6 +189,19 @@ def _width_problems(module: JoinedModule, info: TensorInfo) -> list[OrthoMergeEr
             expected=f"{width} floating-point columns",
             found=f"{info.dtype} {list(info.shape)}",
             remedy="Give the base model that the adapters were trained on.",
+        )
+    ]
+
+
+def _tied_problems(module: JoinedModule, base: Source) -> list[OrthoMergeError]:
+    """Refuse to rotate an embedding that the output head shares: the head must not rotate."""
+    if module.kind != "embedding" or not is_tied(read_config(base.checkpoint.folder)):
+        return []
+    return [
+        AdapterError(
+            "the adapters rotate an embedding that this base ties to its output head",
+            tensor=module.name,
+            remedy="Merge without --base and apply the adapter with PEFT, or untie the base.",
         )
     ]
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
+from orthomerge.errors import AdapterError, CheckpointError, NumericalError
 from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planner import check_output
@@ -64,7 +65,9 @@ def run_plan(
 
     Raises:
         Interrupted: On Ctrl-C; the partial output stays for ``resume``.
-        OrthoMergeError: With the partial output left, if tensors were finished.
+        NumericalError: A tensor is not finite; no partial output stays.
+        CheckpointError: An input is damaged; no partial output stays.
+        BudgetError: The disk is full; the partial output stays for ``resume``.
     """
     started = time.monotonic()
     if plan.request.output is None:
@@ -90,6 +93,10 @@ def _write(
     try:
         details = execute(plan, writer, advance=advance)
         _check_inputs(plan)
+    except (NumericalError, CheckpointError, AdapterError):
+        writer.abandon()
+        staging.discard()  # the inputs have to change, so there is nothing to resume
+        raise
     except BaseException:
         writer.abandon()
         raise

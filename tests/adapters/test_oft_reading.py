@@ -196,6 +196,8 @@ def test_coft_keeps_blocks_inside_the_ball() -> None:
     radius = 0.3 / math.sqrt(3)  # of the Frobenius norm, which counts each number twice
     expected = torch.tensor([radius / math.sqrt(2), 0.001, 0.0], dtype=torch.float64)
     torch.testing.assert_close(A[:, 0, 1], expected)
+    frozen = adapter_with(packed, coft=True, eps=0.0).skew("q", torch.float64)
+    assert torch.equal(frozen.abs(), torch.zeros(3, 2, 2, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -26,9 +26,11 @@ from orthomerge.adapters import (
     OftAdapter,
     OftConvention,
     adjusted_divisor,
+    apply_rotation,
     common_convention,
     merged_oft_config,
     oft_key,
+    rotation,
     stored_from_canonical,
 )
 from orthomerge.linalg import align_blocks, merge_algebra
@@ -38,13 +40,14 @@ SERIES = {"use_cayley_neumann": True}
 CAYLEY = {"use_cayley_neumann": False}
 
 
-def write_merged(folder: Path, adapters: list[OftAdapter], **options: Any) -> dict[str, Any]:
-    """Merge adapters in the algebra and write what PEFT should load; return the config."""
+def write_merged(folder: Path, adapters: list[OftAdapter]) -> dict[str, torch.Tensor]:
+    """Merge adapters in the algebra, write what PEFT should load, return the dense weights."""
     from safetensors.torch import save_file
 
     convention = common_convention(adapters) or EXACT
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, MergedModule] = {}
+    dense: dict[str, torch.Tensor] = {}
     for name in sorted({name for one in adapters for name in one.modules}):
         present = [one for one in adapters if name in one.modules]
         As = align_blocks([one.skew(name, torch.float32) for one in present], WIDTHS[name])
@@ -53,23 +56,28 @@ def write_merged(folder: Path, adapters: list[OftAdapter], **options: Any) -> di
         shared = len(merged) == 1 and merged.shape[-1] < WIDTHS[name]
         modules[name] = MergedModule(WIDTHS[name], merged.shape[-1], kind, shared)
         tensors[oft_key(name, kind)] = stored_from_canonical(merged, kind, convention)
+        weight = Net().state_dict()[f"{name}.weight"]
+        R = rotation(merged, convention)
+        dense[f"{name}.weight"] = apply_rotation(weight, R, shared=shared, name=name)
     for one in reversed(adapters):
         tensors |= {key: one.source.read(key) for key in one.others.values()}
-    config = merged_oft_config(adapters, convention, modules, **options)
+    config = merged_oft_config(adapters, convention, modules)
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config))
-    return config
+    return dense
 
 
-def assert_peft_agrees(folder: Path) -> None:
-    """What PEFT makes of the merged adapter is what we make of it, for every weight it moves."""
+def assert_peft_agrees(folder: Path, dense: dict[str, torch.Tensor]) -> None:
+    """What PEFT makes of the merged adapter is what was merged; our reading of it, too."""
     theirs, base = peft_weights(folder), Net().state_dict()
     merged = read_adapter(folder)
-    ours = dense_weights(merged)
+    reread = dense_weights(merged)
+    assert reread.keys() == dense.keys()
     for name, weight in theirs.items():
-        if name in ours:
-            torch.testing.assert_close(weight, ours[name], atol=1e-6, rtol=0)
+        if name in dense:
+            torch.testing.assert_close(weight, dense[name], atol=1e-6, rtol=0)
+            torch.testing.assert_close(reread[name], dense[name], atol=1e-6, rtol=0)
             assert float((weight - base[name]).abs().max()) > 1e-3
         elif name not in merged.others:
             assert torch.equal(weight, base[name]), name
@@ -105,8 +113,8 @@ def test_peft_merges_our_adapter_to_our_weights(
         read_adapter(save_adapter(folder, seed, **options))
         for seed, (folder, options) in enumerate(zip(folders, (first, second), strict=True))
     ]
-    write_merged(tmp_path / "merged", adapters)
-    assert_peft_agrees(tmp_path / "merged")
+    dense = write_merged(tmp_path / "merged", adapters)
+    assert_peft_agrees(tmp_path / "merged", dense)
 
 
 @pytest.mark.parametrize("options", [SERIES, CAYLEY, {"block_share": True}], ids=str)
@@ -141,9 +149,9 @@ def test_legacy_adapters_are_written_exactly(tmp_path: Path) -> None:
     path.write_text(json.dumps(values))
     adapter = read_adapter(folder)
     assert adapter.convention == OftConvention(True, 5, legacy=True)
-    config = write_merged(tmp_path / "merged", [adapter])
-    assert config["use_cayley_neumann"] is False
-    assert_peft_agrees(tmp_path / "merged")
+    dense = write_merged(tmp_path / "merged", [adapter])
+    assert read_adapter(tmp_path / "merged").convention == EXACT
+    assert_peft_agrees(tmp_path / "merged", dense)
 
 
 def test_layers_to_transform_survives() -> None:

@@ -131,9 +131,8 @@ def test_missing_or_binary_file_is_named(tmp_path) -> None:
 
 def test_alias_bomb_is_refused(load) -> None:
     lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
-    lines += [
-        f"{n}: &{n} [{', '.join([f'*{p}'] * 10)}]" for p, n in zip("abcdef", "bcdefg", strict=True)
-    ]
+    for inner, outer in zip("abcdef", "bcdefg", strict=True):
+        lines.append(f"{outer}: &{outer} [{', '.join([f'*{inner}'] * 10)}]")
     assert "too large" in str(problems(load, "\n".join([*lines, "models: [x]"]))[0])
 
 

@@ -16,9 +16,9 @@ from orthomerge.adapters.export import stored_from_canonical
 from orthomerge.adapters.oft import OftAdapter
 from orthomerge.checkpoints.digest import hash_tensor
 from orthomerge.errors import NumericalError
-from orthomerge.linalg import orthogonality, regroup_blocks
+from orthomerge.linalg import align_blocks, orthogonality
 from orthomerge.merging.executors.context import Context
-from orthomerge.merging.oft_modules import join_module
+from orthomerge.merging.oft_modules import JoinedModule, join_module
 from orthomerge.merging.plan import Task
 
 __all__ = ["run"]
@@ -30,14 +30,9 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     adapters = [model.oft for model in plan.models if model.oft is not None]
     name = next(name for name in task.models if name is not None)
     module = join_module(name, tuple(adapter.modules.get(name) for adapter in adapters))
-    shape = module.num_blocks, module.block_size, module.block_size
-    generators = [
-        _generator(adapter, name, shape).to(context.device)
-        if name in adapter.modules
-        else torch.zeros(shape, dtype=torch.float64, device=context.device)
-        for adapter in adapters
-    ]
-    merged = plan.method.function(generators, weights=list(task.weights), **task.parameters)
+    stored = [_generator(adapter, name, module).to(context.device) for adapter in adapters]
+    generators = align_blocks(stored, module.num_blocks * module.block_size)
+    merged = plan.method.function(list(generators), weights=list(task.weights), **task.parameters)
     if not bool(torch.isfinite(merged).all()):
         raise NumericalError("the merged generator is not finite", tensor=name)
     assert plan.convention is not None
@@ -51,12 +46,12 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     return {"digests": digests, "rotation": _measures(generators, merged, R)}
 
 
-def _generator(adapter: OftAdapter, name: str, shape: tuple[int, int, int]) -> Tensor:
-    """Return an adapter's generator in the merged module's blocks."""
-    blocks = adapter.skew(name, torch.float64)
-    if adapter.modules[name].shared:
-        blocks = blocks.expand(shape[0] * shape[1] // blocks.shape[-1], -1, -1)
-    return regroup_blocks(blocks, shape[1])
+def _generator(adapter: OftAdapter, name: str, module: JoinedModule) -> Tensor:
+    """Return an adapter's generator in its own blocks; zeros where it has none."""
+    if name in adapter.modules:
+        return adapter.skew(name, torch.float64)
+    shape = module.num_blocks, module.block_size, module.block_size
+    return torch.zeros(shape, dtype=torch.float64)
 
 
 def _rotate_base(task: Task, context: Context, R: Tensor, shared: bool) -> str | None:
@@ -84,7 +79,7 @@ def _digests(task: Task, context: Context, adapters: list[OftAdapter]) -> list[l
     return digests
 
 
-def _measures(generators: list[Tensor], merged: Tensor, R: Tensor) -> dict[str, float]:
+def _measures(generators: Tensor, merged: Tensor, R: Tensor) -> dict[str, float]:
     """Return norms, the largest angle in degrees and the distance from orthogonality."""
     norm = torch.linalg.vector_norm
     largest = torch.linalg.matrix_norm(merged, ord=2).max().item()
