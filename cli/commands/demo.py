@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from orthomerge_cli.options import Json
+from orthomerge_cli.session import print_json
+
+if TYPE_CHECKING:
+    from orthomerge.demo import DemoResult
 
 
 def demo(
@@ -22,4 +28,46 @@ def demo(
 
     Needs the extra `demo`, no network, and under two minutes on two cores.
     """
-    raise NotImplementedError
+    from orthomerge.demo import run_demo
+
+    result = run_demo(
+        out,
+        seed=seed,
+        quick=quick,
+        overwrite=overwrite,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    if json:
+        return print_json(_facts(result))
+    _print_table(result)
+    typer.echo(f"chart    {result.png_path}\ntable    {result.markdown_path}")
+    typer.echo(f"numbers  {result.json_path}\ntime     {result.seconds:.0f} s")
+
+
+def _facts(result: DemoResult) -> dict[str, Any]:
+    return {
+        "columns": result.columns,
+        "rows": [dataclasses.asdict(row) for row in result.rows],
+        "seconds": round(result.seconds, 1),
+        "chart": str(result.png_path),
+        "table": str(result.markdown_path),
+        "numbers": str(result.json_path),
+    }
+
+
+def _print_table(result: DemoResult) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Accuracy in %, per visual domain")
+    table.add_column("model")
+    for column in (*result.columns, "mean of domains"):
+        table.add_column(column, justify="right")
+    group = None
+    for row in result.rows:
+        if group not in (None, row.group):
+            table.add_section()
+        group = row.group
+        cells = [f"{100 * row.accuracy[column]:.1f}" for column in result.columns]
+        table.add_row(row.name, *cells, f"{100 * row.mean:.1f}")
+    Console().print(table)
