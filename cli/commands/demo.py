@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
 from orthomerge_cli.options import Json
 from orthomerge_cli.session import print_json
 

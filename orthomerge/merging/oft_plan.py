@@ -139,15 +139,8 @@ def _draft_full(
     draft: Draft,
 ) -> None:
     tensors = base.checkpoint.tensors
-    targets: dict[str, JoinedModule] = {}
+    targets = _match_targets(modules, base, draft)
     others: dict[str, str] = {}
-    for name, module in modules.items():
-        try:
-            targets[base_weight_name(name, tensors)] = module
-            draft.problems += _tied_problems(module, base)
-            draft.problems += _width_problems(module, tensors[base_weight_name(name, tensors)])
-        except AdapterError as error:
-            draft.problems.append(error)
     for name in _other_names(adapters):
         try:
             others[base_tensor_name(name, tensors)] = name
@@ -174,6 +167,38 @@ def _draft_full(
             draft.tasks.append(_copy_task(out, (None,) * len(adapters), info))
     draft.filename = "model.safetensors"
     add_model_files(base, draft)
+
+
+def _match_targets(
+    modules: dict[str, JoinedModule], base: Source, draft: Draft
+) -> dict[str, JoinedModule]:
+    """Return the modules by the name of their weight in the base."""
+    tensors = base.checkpoint.tensors
+    targets: dict[str, JoinedModule] = {}
+    unmatched: list[OrthoMergeError] = []
+    for name, module in modules.items():
+        try:
+            weight = base_weight_name(name, tensors)
+        except AdapterError as error:
+            unmatched.append(error)
+            continue
+        targets[weight] = module
+        draft.problems += _tied_problems(module, base) + _width_problems(module, tensors[weight])
+    if modules and len(unmatched) == len(modules):
+        unmatched = [_foreign_names(next(iter(modules)), len(modules), base)]
+    draft.problems += unmatched
+    return targets
+
+
+def _foreign_names(module: str, count: int, base: Source) -> AdapterError:
+    return AdapterError(
+        f"none of the {count} modules that the adapters rotate is in the base model",
+        file=base.origin,
+        expected=f"a tensor like '{module}.weight'",
+        found=f"'{next(iter(base.checkpoint.tensors), '')}', …",
+        remedy="Give the base that they were trained on. If it is that one, transformers saved it "
+        "under other names: save it with save_pretrained(..., save_original_format=False).",
+    )
 
 
 def _width_problems(module: JoinedModule, info: TensorInfo) -> list[OrthoMergeError]:
