@@ -1,25 +1,25 @@
 """Checkpoints opened for reading: a set of named tensors whose bytes are fetched on demand.
 
 Opening reads headers only. How a path, folder, hub name or dict becomes a checkpoint is in
-``sources``; what the tensors mean is not decided here.
+``sources``, tensors in memory are in ``state_dict``; what they mean is not decided here.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from orthomerge.checkpoints.dtypes import safetensors_dtype, torch_dtype
+from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.checkpoints.header import Header, TensorInfo
 from orthomerge.errors import CheckpointError, ShardIndexError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "FileCheckpoint", "StateDictCheckpoint"]
+__all__ = ["Checkpoint", "FileCheckpoint", "check_unmodified", "file_stats", "unreadable"]
 
 
 class Checkpoint(Protocol):
@@ -55,7 +55,7 @@ class Checkpoint(Protocol):
         """Hint that the tensor will be read soon."""
 
     def fingerprint(self) -> list[list[object]]:
-        """Return what identifies the content cheaply: size and modification time per file."""
+        """Return what identifies the content cheaply: size and time per file, or checksums."""
 
     def check_unchanged(self) -> None:
         """Refuse when the content was modified after it was opened."""
@@ -104,13 +104,16 @@ class FileCheckpoint:
         """Fill ``buffer`` with the tensor's bytes from byte ``start`` on.
 
         Raises:
-            CheckpointError: The file ends early, i.e. it changed since it was opened.
+            CheckpointError: The file cannot be read, or ends early: it changed since it was opened.
         """
         path = self._where[name]
         position = self.tensors[name].begin + start
         handle, filled = self._handle(path), 0
         while filled < len(buffer):
-            count = os.preadv(handle, [buffer[filled:]], position + filled)
+            try:
+                count = os.preadv(handle, [buffer[filled:]], position + filled)
+            except OSError as error:
+                raise unreadable(path, error) from error
             if count == 0:
                 raise CheckpointError(
                     "the file became shorter while it was being read",
@@ -131,23 +134,18 @@ class FileCheckpoint:
 
     def prefetch(self, name: str) -> None:
         """Ask the kernel to read the tensor ahead, where the platform can."""
-        if hasattr(os, "posix_fadvise"):
-            info, handle = self.tensors[name], self._handle(self._where[name])
+        info = self.tensors[name]
+        if hasattr(os, "posix_fadvise") and info.nbytes:  # 0 would mean: up to the end of the file
+            handle = self._handle(self._where[name])
             os.posix_fadvise(handle, info.begin, info.nbytes, os.POSIX_FADV_WILLNEED)
 
     def fingerprint(self) -> list[list[object]]:
         """Return name, size and modification time of every file."""
-        stats = [(path.name, path.stat()) for path in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+        return file_stats(self.files)
 
     def check_unchanged(self) -> None:
         """Refuse when a file was modified after it was opened."""
-        if self.fingerprint() != self._opened_as:
-            raise CheckpointError(
-                "was modified while it was being read",
-                file=self.origin,
-                remedy="Do not write to the inputs during a merge; run again with --overwrite.",
-            )
+        check_unmodified(self.origin, self.files, self._opened_as)
 
     def close(self) -> None:
         """Close all file handles."""
@@ -158,83 +156,47 @@ class FileCheckpoint:
     def _handle(self, path: Path) -> int:
         with self._lock:
             if path not in self._handles:
-                self._handles[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                try:
+                    self._handles[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+                except OSError as error:
+                    raise unreadable(path, error) from error
             return self._handles[path]
 
 
-class StateDictCheckpoint:
-    """Tensors that are already in memory, seen as a checkpoint.
-
-    Names that share storage, shape and layout are tied: ``aliases`` maps the later to the first.
+def file_stats(files: Iterable[Path]) -> list[list[object]]:
+    """Return name, size and modification time of files.
 
     Raises:
-        CheckpointError: A value is no dense tensor with data.
+        CheckpointError: One of them is gone.
     """
-
-    def __init__(
-        self,
-        state_dict: Mapping[str, torch.Tensor],
-        origin: str = "state dict",
-        folder: Path | None = None,
-        files: tuple[Path, ...] = (),
-    ) -> None:
-        self.origin = origin
-        self.folder = folder
-        self.files = files
-        self.metadata: dict[str, str] = {}
-        self._values = {
-            name: _dense(origin, name, value).detach() for name, value in state_dict.items()
-        }
-        self.tensors = {
-            name: TensorInfo(name, safetensors_dtype(value.dtype), tuple(value.shape))
-            for name, value in self._values.items()
-        }
-
-    def read_into(self, name: str, buffer: memoryview, start: int = 0) -> None:
-        """Copy the tensor's bytes from byte ``start`` on into ``buffer``."""
-        import numpy as np
-        import torch
-
-        info = self.tensors[name]
-        item = info.nbytes // max(info.numel, 1)
-        flat = self._values[name].reshape(-1)[start // item : (start + len(buffer)) // item]
-        raw = flat.cpu().contiguous().view(torch.uint8).numpy()
-        np.copyto(np.frombuffer(buffer, dtype=np.uint8), raw)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return the tensor itself."""
-        return self._values[name]
-
-    def prefetch(self, name: str) -> None:
-        """Do nothing: the data is in memory."""
-
-    def fingerprint(self) -> list[list[object]]:
-        """Return name, size and modification time of the files it was loaded from, if any."""
-        stats = [(path.name, path.stat()) for path in self.files]
-        return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-    def check_unchanged(self) -> None:
-        """Do nothing: the values were taken when it was opened."""
-
-    def close(self) -> None:
-        """Do nothing: there are no handles."""
+    found: list[list[object]] = []
+    for path in files:
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise unreadable(path, error) from error
+        found.append([path.name, stat.st_size, stat.st_mtime_ns])
+    return found
 
 
-def _dense(origin: str, name: str, value: torch.Tensor) -> torch.Tensor:
-    import torch
+def check_unmodified(origin: str, files: Iterable[Path], opened_as: list[list[object]]) -> None:
+    """Refuse files whose size or time differs from ``opened_as``.
 
-    if not isinstance(value, torch.Tensor):
+    Raises:
+        CheckpointError: They were modified.
+    """
+    if file_stats(files) != opened_as:
         raise CheckpointError(
-            f"is a {type(value).__name__}, not a tensor",
+            "was modified while it was being read",
             file=origin,
-            tensor=name,
-            remedy="Pass a flat mapping from names to tensors.",
+            remedy="Do not write to the inputs during a merge; run again with --overwrite.",
         )
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
-        raise CheckpointError(
-            "is sparse, quantised or on the meta device",
-            file=origin,
-            tensor=name,
-            remedy="Convert it to a dense tensor with data first.",
-        )
-    return value
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    """Return the error that says why a file cannot be read."""
+    return CheckpointError(
+        f"cannot be read: {error.strerror}",
+        file=path,
+        remedy="Check that the file is still there and that the disk is sound.",
+    )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from orthomerge.checkpoints.header import Header, read_header
-from orthomerge.checkpoints.reader import Checkpoint, FileCheckpoint, StateDictCheckpoint
+from orthomerge.checkpoints.pickles import open_pickles
+from orthomerge.checkpoints.reader import Checkpoint, FileCheckpoint
+from orthomerge.checkpoints.state_dict import StateDictCheckpoint
 from orthomerge.errors import (
     CheckpointError,
     MissingExtraError,
@@ -32,7 +35,7 @@ CheckpointSource: TypeAlias = "str | Path | Mapping[str, torch.Tensor]"
 _HUB_PREFIX = "hf:"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".ckpt"}
-_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.safetensors")
+_SHARD_NAME = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})\.(safetensors|bin)")
 _PREFERRED = ("model.safetensors", "adapter_model.safetensors")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.md"]
 
@@ -52,14 +55,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         return StateDictCheckpoint(source)
     origin = str(source)
     path = _download(origin) if origin.startswith(_HUB_PREFIX) else Path(source)
-    if not path.exists():
-        raise CheckpointError(
-            "no such file or folder",
-            file=origin,
-            remedy=f"For a model on the Hub write {_HUB_PREFIX}org/name."
-            if re.fullmatch(r"[\w.-]+/[\w.-]+", origin)
-            else "Check the path.",
-        )
+    _check_present(origin, path)
     if path.is_dir():
         return _open_folder(origin, path)
     if path.name.endswith(_INDEX_SUFFIX):
@@ -67,7 +63,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     if path.suffix == ".safetensors":
         return FileCheckpoint(origin, {path: read_header(path)}, path.parent)
     if path.suffix in _PICKLE_SUFFIXES:
-        return _open_pickle(origin, [path], path.parent)
+        return open_pickles(origin, [path], path.parent)
     raise CheckpointError(
         f"files of type '{path.suffix}' are not checkpoints",
         file=origin,
@@ -75,22 +71,40 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     )
 
 
+def _check_present(origin: str, path: Path) -> None:
+    try:
+        present = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=origin) from error
+    if not present:
+        raise CheckpointError(
+            "no such file or folder",
+            file=origin,
+            remedy=f"For a model on the Hub write {_HUB_PREFIX}{origin}."
+            if re.fullmatch(r"[\w.-]+/[\w.-]+", origin)
+            else "Check the path.",
+        )
+
+
 def _open_folder(origin: str, folder: Path) -> Checkpoint:
     files = sorted(folder.glob("*.safetensors"))
     indexes = sorted(folder.glob("*" + _INDEX_SUFFIX))
     preferred = [path for path in files if path.name in _PREFERRED]
-    if len(indexes) == 1:
-        return _open_shards(origin, indexes[0])
     if len(indexes) > 1:
         raise _ambiguous(origin, "shard indexes", indexes)
-    if len(files) == 1 or len(preferred) == 1:
-        path = (preferred or files)[0]
-        return FileCheckpoint(origin, {path: read_header(path)}, folder)
+    if indexes:
+        shards = _open_shards(origin, indexes[0])
+        unnamed = [path for path in preferred if path not in shards.files]
+        if unnamed:
+            raise _ambiguous(origin, "models", [*unnamed, indexes[0]])
+        return shards
     if files:
-        return _open_unindexed(origin, folder, files)
+        chosen = preferred if len(preferred) == 1 else _complete_set(origin, files)
+        return FileCheckpoint(origin, {path: read_header(path) for path in chosen}, folder)
     pickles = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("adapter_model.bin"))
     if pickles:
-        return _open_pickle(origin, pickles, folder)
+        whole = [path for path in pickles if path.name == "pytorch_model.bin"]
+        return open_pickles(origin, whole or _complete_set(origin, pickles), folder)
     raise CheckpointError(
         "the folder holds no model weights",
         file=origin,
@@ -105,7 +119,7 @@ def _open_shards(origin: str, index_path: Path) -> FileCheckpoint:
     problems: list[OrthoMergeError] = []
     for filename in sorted(set(weight_map.values())):
         path = index_path.parent / filename
-        if not path.is_file():
+        if not _is_file(path):
             problems.append(
                 ShardIndexError(
                     f"the shard {filename} is missing",
@@ -124,13 +138,34 @@ def _open_shards(origin: str, index_path: Path) -> FileCheckpoint:
     return FileCheckpoint(origin, shards, index_path.parent)
 
 
-def _open_unindexed(origin: str, folder: Path, files: list[Path]) -> FileCheckpoint:
-    """Open shards whose index is missing, if their names prove that the set is complete."""
-    names = [_SHARD_NAME.fullmatch(path.name) for path in files]
-    stems = {(match["stem"], match["count"]) for match in names if match}
-    if all(names) and len(stems) == 1 and len(files) == int(next(iter(stems))[1]):
-        return FileCheckpoint(origin, {path: read_header(path) for path in files}, folder)
-    raise _ambiguous(origin, "safetensors files without an index", files)
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
+
+
+def _complete_set(origin: str, files: list[Path]) -> list[Path]:
+    """Return the files of a folder without index, if it is one file or a complete set of shards.
+
+    Raises:
+        ShardIndexError: Shards are missing, or the names do not say what belongs together.
+    """
+    names = [match for path in files if (match := _SHARD_NAME.fullmatch(path.name))]
+    if len(files) == 1 and not names:
+        return files
+    stems = {(match["stem"], int(match["count"])) for match in names}
+    parts = {int(match["part"]) for match in names}
+    count = next(iter(stems))[1] if stems else 0
+    if len(names) < len(files) or len(stems) > 1 or not parts <= set(range(1, count + 1)):
+        raise _ambiguous(origin, "weight files without an index", files)
+    if len(parts) < count:
+        raise ShardIndexError(
+            f"holds only {len(parts)} of {count} shards",
+            file=origin,
+            remedy="Fetch the model again, completely.",
+        )
+    return files
 
 
 def _ambiguous(origin: str, what: str, paths: list[Path]) -> ShardIndexError:
@@ -144,18 +179,17 @@ def _ambiguous(origin: str, what: str, paths: list[Path]) -> ShardIndexError:
 
 def _read_index(path: Path) -> dict[str, str]:
     def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        repeated = (
-            {key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else ()
-        )
-        for key in repeated:
-            raise ShardIndexError("the index names this key twice", file=path, tensor=key)
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ShardIndexError("the index names this key twice", file=path, tensor=key)
         return dict(pairs)
 
     try:
         index = json.loads(path.read_text("utf-8"), object_pairs_hook=no_duplicates)
         weight_map = index["weight_map"]
         complete = all(isinstance(item, str) for pair in weight_map.items() for item in pair)
+    except OSError as error:
+        raise ShardIndexError(f"cannot be read: {error.strerror}", file=path) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ShardIndexError(
             "is not a shard index (a JSON object with a weight_map)", file=path
@@ -163,8 +197,9 @@ def _read_index(path: Path) -> dict[str, str]:
     if not weight_map or not complete:
         raise ShardIndexError("its weight_map must map tensor names to file names", file=path)
     for name, filename in weight_map.items():
-        parts = PurePosixPath(filename).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\\" in filename:
+        target = PurePosixPath(filename)
+        outside = target.is_absolute() or ".." in target.parts or "\\" in filename
+        if outside or not target.parts:
             raise ShardIndexError(
                 f"points to '{filename}', outside its folder",
                 file=path,
@@ -192,30 +227,6 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: dict[Path, Head
             problems.append(ShardIndexError(problem, file=path, tensor=name))
     if problems:
         raise problems[0] if len(problems) == 1 else ProblemsError(problems)
-
-
-def _open_pickle(origin: str, paths: list[Path], folder: Path) -> StateDictCheckpoint:
-    import pickle
-
-    import torch
-
-    state_dict: dict[str, torch.Tensor] = {}
-    for path in paths:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-            raise CheckpointError(
-                "the pickle file is damaged or holds more than tensors, and is not loaded",
-                file=path,
-                remedy="Convert it to safetensors on a machine where running its code is safe.",
-            ) from error
-        for wrapper in ("state_dict", "model"):
-            if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
-                loaded = loaded[wrapper]
-        if not isinstance(loaded, Mapping):
-            raise CheckpointError("holds no state dict", file=path, found=type(loaded).__name__)
-        state_dict.update(loaded)
-    return StateDictCheckpoint(state_dict, origin, folder, tuple(paths))
 
 
 def _download(origin: str) -> Path:

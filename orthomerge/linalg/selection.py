@@ -17,7 +17,7 @@ from orthomerge.errors import NumericalError
 
 __all__ = ["ChunkedValues", "kth_largest_magnitude"]
 
-_SAMPLE = 1 << 16
+_SAMPLE = 1 << 15
 _MARGIN_SIGMAS = 6.0
 _MARGIN_FLOOR = 0.004  # samples are blocks of neighbours, less informative than independent draws
 
@@ -60,7 +60,7 @@ def kth_largest_magnitude(values: ChunkedValues, k: int) -> float:
     """
     if not 1 <= k <= values.numel:
         raise ValueError(f"k = {k} is not between 1 and {values.numel}")
-    low, high = _bracket(values.sample(_SAMPLE).abs(), k / values.numel)
+    low, high = _bracket(values.sample(_SAMPLE), k / values.numel)
     while True:
         above, inside = _count_and_collect(values, low, high)
         if above >= k:  # the answer is at `high` or beyond
@@ -76,16 +76,16 @@ def kth_largest_magnitude(values: ChunkedValues, k: int) -> float:
 
 def _bracket(sample: Tensor, fraction: float) -> tuple[float, float]:
     """Return magnitudes between which the wanted one lies with high probability."""
-    ordered = np.sort(sample.cpu().numpy())
+    ordered = np.sort(sample.abs().cpu().numpy())
     size = len(ordered)
     sigma = math.sqrt(fraction * (1 - fraction) / size)
     margin = max(_MARGIN_SIGMAS * sigma, _MARGIN_FLOOR)
     low = math.floor((1 - fraction - margin) * size)
     high = math.ceil((1 - fraction + margin) * size)
-    return (
-        float(ordered[low]) if low >= 0 else 0.0,
-        float(ordered[high]) if high < size else math.inf,
-    )
+    # The upper end belongs to the bracket: 16-bit weights have many equal differences, and the
+    # wanted one is often equal to it.
+    above_high = np.nextafter(ordered[high], np.inf) if high < size else math.inf
+    return float(ordered[low]) if low >= 0 else 0.0, float(above_high)
 
 
 def _count_and_collect(

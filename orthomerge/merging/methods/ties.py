@@ -80,26 +80,27 @@ def ties(
     import torch
 
     del density, scope  # read by the survey
-    trimmed = [_trim(d, cut) * w for d, cut, w in zip(deltas, survey, weights, strict=True)]
-    total = sum(trimmed[1:], trimmed[0])
-    sign = total.sign().add_(0.5).sign_()
-    merged = torch.zeros_like(base)
-    agreeing = torch.zeros_like(base)
-    for update, weight in zip(trimmed, weights, strict=True):
-        magnitude = torch.relu(update * sign)
-        merged.add_(magnitude)
-        agreeing.add_(magnitude.sign_(), alpha=abs(weight))
+    updates = [_trim(d, cut) for d, cut in zip(deltas, survey, strict=True)]
+    for update, weight in zip(updates, weights, strict=True):
+        if weight != 1.0:
+            update.mul_(weight)
+    sign = sum(updates[1:], updates[0]).sign().add_(0.5).sign_()
+    merged, agreeing = torch.zeros_like(base), torch.zeros_like(base)
+    for update, weight in zip(updates, weights, strict=True):
+        update.mul_(sign).relu_()  # the magnitude where it agrees, 0 where it does not
+        merged.add_(update)
+        agreeing.add_(update.sign_(), alpha=abs(weight))
     if normalize:
         merged.div_(agreeing.clamp_min_(_TINY))
-    return merged.mul_(sign).mul_(scale).add_(base)
+    return torch.addcmul(base, merged, sign, value=scale)
 
 
 def _trim(delta: Tensor, threshold: float) -> Tensor:
-    """Return delta with entries of magnitude below the threshold set to zero."""
+    """Return a new tensor: delta with entries of magnitude below the threshold set to zero."""
     import torch
 
     if threshold == 0.0:
-        return delta
+        return delta.clone()
     edge = torch.tensor(threshold, dtype=delta.dtype)
     below = torch.nextafter(edge, torch.zeros_like(edge)).item()
     # hardshrink keeps |x| > below, i.e. |x| >= threshold, several times faster than torch.where
