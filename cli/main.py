@@ -33,7 +33,7 @@ app.command("demo")(demo.demo)
 
 def _version(value: bool) -> None:
     if value:
-        from orthomerge import __version__
+        from orthomerge.version import __version__
 
         typer.echo(f"orthomerge {__version__}")
         raise typer.Exit

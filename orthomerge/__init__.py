@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from orthomerge.version import __version__
+
 if TYPE_CHECKING:
     from orthomerge import linalg
     from orthomerge.errors import OrthoMergeError
@@ -16,8 +18,6 @@ if TYPE_CHECKING:
     from orthomerge.merging.run import MergeResult
     from orthomerge.merging.spaces import Space
     from orthomerge.recipe.run import merge, plan
-
-__version__ = "0.1.0"
 
 __all__ = [
     "MergeResult",

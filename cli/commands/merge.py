@@ -57,7 +57,7 @@ def merge(
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip
-    from orthomerge.merging.planner import check_output
+    from orthomerge.merging.planning.planner import check_output
 
     plan = _plan(_with_output(merged))
     if dry_run:

@@ -1,6 +1,6 @@
-"""Merging: spaces, the registry of methods, the planner, the engine and its executors.
+"""Merging: spaces, the registry of methods, planning, the engine and its executors.
 
-The walk: ``planner`` turns a request into a ``plan`` from headers; ``run`` has ``engine`` execute
+The walk: ``planning`` turns a request into a ``plan`` from headers; ``run`` has ``engine`` execute
 it, task by task, through ``executors``, and publishes the output.
 """
 

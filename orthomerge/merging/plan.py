@@ -1,6 +1,6 @@
 """The plan of a merge: every task, every output byte's place, every file, before any work.
 
-Plain data; built by ``planner`` from headers only and executed by ``engine``.
+Plain data; built by ``planning`` from headers only and executed by ``engine``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.merging.registry import MergeMethod
+from orthomerge.version import __version__
 
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
@@ -172,8 +173,6 @@ class Plan:
 
     def hash(self) -> str:
         """Return what identifies the result: a run is only resumed under an equal hash."""
-        from orthomerge import __version__
-
         content = {
             "version": __version__,
             "method": self.method.name,

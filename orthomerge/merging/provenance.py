@@ -11,6 +11,7 @@ from orthomerge.checkpoints.digest import DIGEST_PLACEHOLDER, content_digest
 from orthomerge.checkpoints.provenance import PROVENANCE_NAME, model_card, provenance_json
 from orthomerge.merging.plan import MergeRequest, Plan
 from orthomerge.merging.registry import get_method
+from orthomerge.version import __version__
 
 __all__ = ["final_metadata", "provenance_files", "single_file_metadata", "source_digests"]
 
@@ -66,7 +67,7 @@ def _metadata(request: MergeRequest, method: str, digests: Sequence[str]) -> dic
 
 def _content(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, Any]:
     return {
-        "orthomerge": _version("orthomerge"),
+        "orthomerge": __version__,
         "recipe": {**request.recipe, "method": method},
         "method": method,
         "parameters": _resolved_parameters(request, method),

@@ -13,7 +13,7 @@ from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
 from orthomerge.errors import AdapterError, CheckpointError, NumericalError
 from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
-from orthomerge.merging.planner import check_output
+from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
 
 if TYPE_CHECKING:

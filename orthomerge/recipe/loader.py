@@ -18,7 +18,7 @@ from orthomerge.errors import (
     RecipeError,
     UnknownNameError,
 )
-from orthomerge.merging.checks import check_parameters
+from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.registry import get_method
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document, load_yaml_file, parse_value

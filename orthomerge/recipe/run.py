@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
 from orthomerge.merging.plan import MergeRequest, Plan
-from orthomerge.merging.planner import build_plan
+from orthomerge.merging.planning.planner import build_plan
 from orthomerge.recipe.loader import recipe_from_data
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document

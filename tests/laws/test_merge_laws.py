@@ -11,7 +11,7 @@ import torch
 import orthomerge
 from orthomerge.errors import NumericalError
 from orthomerge.merging.plan import MergeRequest
-from orthomerge.merging.planner import build_plan
+from orthomerge.merging.planning.planner import build_plan
 from orthomerge.merging.registry import all_methods
 from orthomerge.merging.run import run_plan
 from orthomerge.merging.spaces import Space

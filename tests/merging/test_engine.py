@@ -122,7 +122,7 @@ def test_progress_counts_every_input_byte() -> None:
 
 
 def test_pieces_do_not_change_the_result(monkeypatch) -> None:
-    from orthomerge.merging import draft
+    from orthomerge.merging.planning import draft
 
     generator = torch.Generator().manual_seed(0)
     base, *tuned = [{"w": torch.randn(5000, generator=generator)} for _ in range(3)]

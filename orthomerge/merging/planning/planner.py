@@ -1,6 +1,6 @@
 """Build a plan from headers only and report all problems at once.
 
-Opens the sources, settles the method, hands the tensor lists to ``dense_plan`` or ``oft_plan``, and
+Opens the sources, settles the method, hands the tensor lists to ``dense`` or ``oft``, and
 checks what is common to both: parameters, weights, memory, disk, destination.
 """
 
@@ -24,10 +24,10 @@ from orthomerge.errors import (
     RecipeError,
     UnknownNameError,
 )
-from orthomerge.merging import dense_plan, oft_plan
-from orthomerge.merging.checks import check_parameters
-from orthomerge.merging.draft import Draft
 from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
+from orthomerge.merging.planning import dense, oft
+from orthomerge.merging.planning.checks import check_parameters
+from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.provenance import single_file_metadata
 from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.merging.spaces import Space
@@ -58,7 +58,7 @@ def build_plan(request: MergeRequest) -> Plan:
     problems += _source_problems(method, opened, base)
     if problems:
         raise _combined(problems)
-    planner = oft_plan if method.space is Space.ROTATION else dense_plan
+    planner = oft if method.space is Space.ROTATION else dense
     draft = planner.draft_tasks(request, method, opened, base)
     plan = _finish(request, method, opened, base, draft)
     problems += draft.problems + _resource_problems(plan)

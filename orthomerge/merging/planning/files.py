@@ -5,7 +5,7 @@ from __future__ import annotations
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import CONFIG_NAMES
 from orthomerge.checkpoints.folder import config_with_dtype, inherited_files, read_config
-from orthomerge.merging.draft import Draft
+from orthomerge.merging.planning.draft import Draft
 
 __all__ = ["add_model_files"]
 

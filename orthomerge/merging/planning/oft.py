@@ -18,7 +18,9 @@ from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.folder import is_tied, read_config
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
-from orthomerge.merging.draft import (
+from orthomerge.merging.oft_modules import JoinedModule, joined_modules
+from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.planning.draft import (
     Draft,
     Settings,
     compute_dtype,
@@ -28,9 +30,7 @@ from orthomerge.merging.draft import (
     rule_problems,
     weight_sum_problem,
 )
-from orthomerge.merging.files import add_model_files
-from orthomerge.merging.oft_modules import JoinedModule, joined_modules
-from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.planning.files import add_model_files
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
