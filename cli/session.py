@@ -16,7 +16,7 @@ import typer
 
 from orthomerge.errors import OrthoMergeError, ProblemsError
 
-__all__ = ["SESSION", "Session", "print_json", "run_guarded"]
+__all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "run_guarded", "say"]
 
 INTERRUPTED = 130
 
@@ -45,7 +45,7 @@ def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     except OrthoMergeError as error:
         return _report(error)
     except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
+        say("interrupted", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, e.g. `| head`
         sys.stderr.close()
@@ -53,6 +53,11 @@ def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     except Exception as error:
         return _report_bug(error)
     return 0
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text, with control characters spelled out: names come from files of strangers."""
+    typer.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
 
 
 def print_json(content: Any) -> None:
@@ -70,7 +75,7 @@ def _report(error: OrthoMergeError) -> int:
     else:
         count = len(error.problems) if isinstance(error, ProblemsError) else 1
         head = "error: " if count == 1 else ""
-        typer.echo(f"{head}{_printable(str(error))}", err=True)
+        say(f"{head}{error}", err=True)
     return error.exit_code
 
 
@@ -83,11 +88,6 @@ def _report_bug(error: Exception) -> int:
     if SESSION.json:
         print_json({"error": "Bug", "exit_code": 1, "problem": text})
     else:
-        typer.echo(f"this is a bug in orthomerge: {_printable(text)}", err=True)
-        typer.echo("Please report it with the output of the same command with --debug.", err=True)
+        say(f"this is a bug in orthomerge: {text}", err=True)
+        say("Please report it with the output of the same command with --debug.", err=True)
     return 1
-
-
-def _printable(text: str) -> str:
-    """Neutralise control characters: names come from files, and files from strangers."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

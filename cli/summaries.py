@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import typer
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 from orthomerge.recipe.sizes import format_size
 
@@ -49,11 +48,11 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 def announce(plan: Plan) -> None:
     """Say on standard error what was decided about the inputs and the method."""
     for source in plan.models:
-        typer.echo(f"model  {source.origin}  ({source.description})", err=True)
+        say(f"model  {source.origin}  ({source.description})", err=True)
     if plan.base:
-        typer.echo(f"base   {plan.base.origin}  ({plan.base.description})", err=True)
+        say(f"base   {plan.base.origin}  ({plan.base.description})", err=True)
     chosen = "" if plan.request.method else ", chosen by the inputs"
-    typer.echo(f"method {plan.method.name}{chosen}", err=True)
+    say(f"method {plan.method.name}{chosen}", err=True)
     _print_notes(plan)
 
 
@@ -66,16 +65,16 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     dtypes = ", ".join(f"{name} {format_size(size)}" for name, size in plan.output_dtypes.items())
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["tasks"].items())
     files = len(plan.layout.shards)
-    typer.echo(f"tensors         {len(plan.tasks)} ({kinds})")
-    typer.echo(f"compute dtype   {plan.compute_dtype}, rounded once to the output dtype")
-    typer.echo(f"output          {facts['output'] or 'in memory'}: {files} file(s), {dtypes}")
-    typer.echo(f"reads           {format_size(plan.read_bytes)}")
-    typer.echo(f"writes          {format_size(plan.write_bytes)}")
-    typer.echo(
+    say(f"tensors         {len(plan.tasks)} ({kinds})")
+    say(f"compute dtype   {plan.compute_dtype}, rounded once to the output dtype")
+    say(f"output          {facts['output'] or 'in memory'}: {files} file(s), {dtypes}")
+    say(f"reads           {format_size(plan.read_bytes)}")
+    say(f"writes          {format_size(plan.write_bytes)}")
+    say(
         f"working memory  {format_size(plan.peak_bytes)} of a budget of "
         f"{format_size(plan.budget_bytes)}, beside Python and torch"
     )
-    typer.echo(f"runs on         {plan.request.device}, {plan.workers} thread(s)")
+    say(f"runs on         {plan.request.device}, {plan.workers} thread(s)")
 
 
 def result_facts(result: MergeResult) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def print_result(result: MergeResult) -> None:
     """Print a finished merge on standard error and the output's path on standard output."""
     speed = result.plan.read_bytes / max(result.seconds, 1e-9)
     resumed = f", {result.resumed_tensors} of them resumed" if result.resumed_tensors else ""
-    typer.echo(
+    say(
         f"merged {len(result.plan.tasks)} tensors{resumed} in {result.seconds:.1f} s "
         f"({format_size(speed)}/s read)",
         err=True,
@@ -100,17 +99,15 @@ def print_result(result: MergeResult) -> None:
     if result.rotations:
         angle = max(r["largest_angle_degrees"] for r in result.rotations.values())
         residual = max(r["orthogonality_residual"] for r in result.rotations.values())
-        typer.echo(
+        say(
             f"rotations: largest angle {angle:.2f}°, distance from orthogonality {residual:.1e}",
             err=True,
         )
-    typer.echo(str(result.output))
+    say(str(result.output))
 
 
 def _print_notes(plan: Plan) -> None:
     for note in plan.notes[:_MOST_NOTES]:
-        typer.echo(f"note   {note}", err=True)
+        say(f"note   {note}", err=True)
     if len(plan.notes) > _MOST_NOTES:
-        typer.echo(
-            f"note   … and {len(plan.notes) - _MOST_NOTES} more (--json lists all)", err=True
-        )
+        say(f"note   … and {len(plan.notes) - _MOST_NOTES} more (--json lists all)", err=True)

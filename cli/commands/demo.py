@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from orthomerge_cli.options import Json
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 if TYPE_CHECKING:
     from orthomerge.demo import DemoResult
@@ -34,13 +34,13 @@ def demo(
         seed=seed,
         quick=quick,
         overwrite=overwrite,
-        say=lambda line: typer.echo(line, err=True),
+        say=lambda line: say(line, err=True),
     )
     if json:
         return print_json(_facts(result))
     _print_table(result)
-    typer.echo(f"chart    {result.png_path}\ntable    {result.markdown_path}")
-    typer.echo(f"numbers  {result.json_path}\ntime     {result.seconds:.0f} s")
+    say(f"chart    {result.png_path}\ntable    {result.markdown_path}")
+    say(f"numbers  {result.json_path}\ntime     {result.seconds:.0f} s")
 
 
 def _facts(result: DemoResult) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 from orthomerge_cli.options import Json
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 
 def diff(
@@ -39,13 +39,13 @@ def diff(
             }
         )
     else:
-        typer.echo(f"{len(changed)} of {len(found)} tensors differ")
+        say(f"{len(changed)} of {len(found)} tensors differ")
         for d in changed[:top]:
             size = "         " if d.relative is None else f"{d.relative:9.3e}"
             angle = "" if d.cosine is None else f"  cos {d.cosine:.6f}"
-            typer.echo(f"{size}{angle}  {d.status:<11} {d.name}  {d.note}".rstrip())
+            say(f"{size}{angle}  {d.status:<11} {d.name}  {d.note}".rstrip())
         if len(changed) > top:
-            typer.echo(f"… and {len(changed) - top} more (--top, --json)")
+            say(f"… and {len(changed) - top} more (--top, --json)")
     if fail_above is not None:
         too_far = [
             d

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from orthomerge_cli.options import Json
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 
 def init(
@@ -30,4 +30,4 @@ def init(
     if json:
         print_json({"recipe": str(path), "method": method})
     else:
-        typer.echo(f"wrote {path}; edit the paths, then run: orthomerge plan --recipe {path}")
+        say(f"wrote {path}; edit the paths, then run: orthomerge plan --recipe {path}")

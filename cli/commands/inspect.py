@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from orthomerge_cli.options import Json
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 if TYPE_CHECKING:
     from orthomerge.diagnostics.inspection import Inspection
@@ -53,7 +53,7 @@ def _print(found: Inspection, tensors: bool) -> None:
     from orthomerge.recipe.sizes import format_size
 
     def line(label: str, value: object) -> None:
-        typer.echo(f"{label:<13}{value}")
+        say(f"{label:<13}{value}")
 
     line("source", found.origin)
     line("kind", found.kind + (f", {found.architecture}" if found.architecture else ""))
@@ -74,4 +74,4 @@ def _print(found: Inspection, tensors: bool) -> None:
     if tensors:
         width = max((len(t.name) for t in found.tensors), default=0)
         for info in found.tensors:
-            typer.echo(f"{info.name:<{width}}  {info.dtype:<5} {list(info.shape)}")
+            say(f"{info.name:<{width}}  {info.dtype:<5} {list(info.shape)}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from orthomerge_cli import options as opt
-from orthomerge_cli.session import INTERRUPTED, print_json
+from orthomerge_cli.session import INTERRUPTED, print_json, say
 
 if TYPE_CHECKING:
     from orthomerge.merging.plan import Plan
@@ -112,7 +112,7 @@ def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResul
         with byte_progress(plan.read_bytes, "merging") as advance:
             return run_plan(plan, resume=resume, overwrite=overwrite, advance=advance)
     except Interrupted:
-        typer.echo(f"interrupted. Continue with: {_resume_command()}", err=True)
+        say(f"interrupted. Continue with: {_resume_command()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from orthomerge_cli.options import Json
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 if TYPE_CHECKING:
     from orthomerge.merging.registry import MergeMethod
@@ -24,7 +24,7 @@ def list_methods(json: Json = False) -> None:
         return print_json([_facts(method) for method in methods.values()])
     width = max(map(len, methods))
     for name, method in methods.items():
-        typer.echo(f"{name:<{width}}  {_needs(method):<18} {method.summary}")
+        say(f"{name:<{width}}  {_needs(method):<18} {method.summary}")
 
 
 @app.command("show")
@@ -38,16 +38,16 @@ def show(
     method = get_method(name)
     if json:
         return print_json(_facts(method))
-    typer.echo(f"{name}: {method.description.split('Args:')[0].strip()}\n")
-    typer.echo(f"works on    {_needs(method)}")
-    typer.echo(f"reference   {method.reference}")
+    say(f"{name}: {method.description.split('Args:')[0].strip()}\n")
+    say(f"works on    {_needs(method)}")
+    say(f"reference   {method.reference}")
     if method.uses_weights:
-        typer.echo("weights     one per model (--weight), default 1")
+        say("weights     one per model (--weight), default 1")
     if method.parameters:
-        typer.echo("parameters  (--set NAME=VALUE)")
+        say("parameters  (--set NAME=VALUE)")
     for parameter in method.parameters.values():
-        typer.echo(f"  {parameter.name:<12} {parameter.allowed}, default {parameter.default}")
-        typer.echo(f"  {'':<12} {parameter.help}")
+        say(f"  {parameter.name:<12} {parameter.allowed}, default {parameter.default}")
+        say(f"  {'':<12} {parameter.help}")
 
 
 def _needs(method: MergeMethod) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 from orthomerge_cli.options import Json, Set
-from orthomerge_cli.session import print_json
+from orthomerge_cli.session import print_json, say
 
 
 def validate(
@@ -36,4 +36,4 @@ def validate(
         print_json({"valid": [str(path) for path in recipes]})
     else:
         for path in recipes:
-            typer.echo(f"{path}: valid")
+            say(f"{path}: valid")

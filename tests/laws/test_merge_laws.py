@@ -5,11 +5,15 @@ A method declares in its registration which laws hold at its default parameters.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 
 import orthomerge
 from orthomerge.errors import NumericalError
+from orthomerge.merging import registry
 from orthomerge.merging.plan import MergeRequest
 from orthomerge.merging.planning.planner import build_plan
 from orthomerge.merging.registry import all_methods
@@ -99,13 +103,30 @@ def test_scaling_all_inputs_scales_the_output(method) -> None:
     assert_close(run(method, scaled, {n: 4.0 * v for n, v in base.items()}), wanted, 1e-5)
 
 
-@every_method
-def test_inputs_are_not_changed(method) -> None:
-    models, base = models_for(method), model(99)
-    copies = [{n: v.clone() for n, v in m.items()} for m in (*models, base)]
-    run(method, models, base)
-    for before, after in zip(copies, (*models, base), strict=True):
-        assert all(torch.equal(before[name], after[name]) for name in before)
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_the_function_does_not_change_its_inputs(method, monkeypatch) -> None:
+    """Spy on the tensors that the engine hands to the pure function."""
+    if method.space is Space.ROTATION:
+        inputs = [torch.tensor([[[0.0, a], [-a, 0.0]]]) for a in (0.1, 0.3)]
+        copies = [tensor.clone() for tensor in inputs]
+        method.function(inputs, weights=[1.0, 2.0])
+        assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+        return
+    calls = []
+
+    def spy(*arguments, **settings):
+        tensors = [t for a in arguments for t in ([a] if isinstance(a, torch.Tensor) else a)]
+        copies = [tensor.clone() for tensor in tensors]
+        result = method.function(*arguments, **settings)
+        calls.append(all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True)))
+        return result
+
+    watched = dataclasses.replace(method, function=functools.wraps(method.function)(spy))
+    monkeypatch.setitem(registry._REGISTRY, method.name, watched)
+    settings = {"parameters": {"scale": 0.5}} if "scale" in method.parameters else {}
+    run(method, models_for(method), **settings)
+    assert calls
+    assert all(calls)
 
 
 @every_method

@@ -110,8 +110,12 @@ def test_unusable_device_is_refused() -> None:
 
 def test_torch_threads_are_restored() -> None:
     before = torch.get_num_threads()
-    merge(models(), run_settings={"workers": 3})
-    assert torch.get_num_threads() == before
+    try:
+        torch.set_num_threads(4)
+        merge(models(), run_settings={"workers": 2})
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_progress_counts_every_input_byte() -> None:
