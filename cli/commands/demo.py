@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from orthomerge_cli.options import Json
@@ -12,6 +12,8 @@ from orthomerge_cli.session import print_json, say
 
 if TYPE_CHECKING:
     from orthomerge.demo import DemoResult
+
+_TABLE_WIDTH = 90
 
 
 def demo(
@@ -58,10 +60,10 @@ def _print_table(result: DemoResult) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Accuracy in %, per visual domain")
-    table.add_column("model")
-    for column in (*result.columns, "mean of domains"):
-        table.add_column(column, justify="right")
+    table = Table(title="Accuracy in %; the mean is over the experts' domains, without clean")
+    for column in ("model", *result.columns, "mean"):
+        justify: Literal["left", "right"] = "left" if column == "model" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     group = None
     for row in result.rows:
         if group not in (None, row.group):
@@ -69,4 +71,6 @@ def _print_table(result: DemoResult) -> None:
         group = row.group
         cells = [f"{100 * row.accuracy[column]:.1f}" for column in result.columns]
         table.add_row(row.name, *cells, f"{100 * row.mean:.1f}")
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, _TABLE_WIDTH)  # a log file has no width of its own
+    console.print(table)

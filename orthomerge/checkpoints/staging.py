@@ -1,25 +1,38 @@
 """The folder ``OUT.partial`` in which an output grows until one rename publishes it.
 
-Holds the lock against a second run, the journal of finished tensors, and the rules about what may
-be replaced. The tensor bytes themselves are written by ``writer``.
+Holds the lock against a second run and the rules about what may be replaced. The tensor bytes
+themselves are written by ``writer``, the list of finished tensors by ``journal``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orthomerge.checkpoints.journal import Journal, fsync_folder, has_journal
 from orthomerge.errors import OutputError, ResumeError
 
-__all__ = ["Staging", "check_destination", "fsync_folder", "fsync_write"]
+__all__ = ["Staging", "check_destination", "partial_folder"]
 
-_JOURNAL_VERSION = 1
+_LOCK, _OUT, _JOURNAL, _REPLACED = "lock", "out", "journal.jsonl", "replaced"
+
+
+def partial_folder(output: Path) -> Path:
+    """Return the folder in which an output grows: beside it, named ``OUT.partial``.
+
+    Raises:
+        OutputError: The path has no name of its own: ``.``, ``..`` or ``/``.
+    """
+    if output.name in ("", ".."):
+        raise OutputError(
+            "is not a name for an output", file=output, remedy="Name a new folder or file."
+        )
+    return output.with_name(output.name + ".partial")
 
 
 def check_destination(
@@ -36,35 +49,55 @@ def check_destination(
     Raises:
         OutputError: With the reason.
     """
-    target = output.resolve()
+    targets = _places(output)
+    cleared = targets | _places(partial_folder(output))
     for source in inputs:
-        path = source.resolve()
-        inside = path in target.parents and not single_file
-        if target == path or target in path.parents or inside:
-            raise OutputError(
-                f"the output would overwrite or lie inside the input {source}",
-                file=output,
-                remedy="Choose another output path; inputs are never overwritten.",
-            )
-    if output.exists() and not overwrite:
+        for path in _places(source):
+            inside = not single_file and any(path in target.parents for target in targets)
+            if inside or any(target == path or target in path.parents for target in cleared):
+                raise OutputError(
+                    f"the output would overwrite or lie inside the input {source}",
+                    file=output,
+                    remedy="Choose another output path; inputs are never overwritten.",
+                )
+    if os.path.lexists(output) and not overwrite:
         raise OutputError(
             "the output already exists",
             file=output,
             remedy="Choose another path, or pass --overwrite to replace it.",
         )
-    if output.exists() and output.is_dir() and not _looks_like_output(output):
+    _check_replaceable(output, single_file)
+
+
+def _places(path: Path) -> set[Path]:
+    """Return where a path leads and, if it is a symbolic link, where the link itself lies."""
+    return {path.resolve(), path.parent.resolve() / path.name}
+
+
+def _check_replaceable(output: Path, single_file: bool) -> None:
+    """Guard against ``--overwrite`` on something that is no output, say a home folder."""
+    if not output.exists():
+        return
+    if output.is_dir() == single_file:
+        kinds = ("folder", "file") if single_file else ("file", "folder")
         raise OutputError(
-            "the folder to overwrite does not look like a model",
+            f"is a {kinds[0]}, and a {kinds[1]} is to be written there",
+            file=output,
+            remedy="Choose another path; one ending in .safetensors makes a file, others a folder.",
+        )
+    if not single_file and not _looks_like_output(output):
+        raise OutputError(
+            "the folder to overwrite does not look like a model, or holds other folders",
             file=output,
             remedy="Remove it yourself if it may go, or choose another path.",
         )
 
 
 def _looks_like_output(folder: Path) -> bool:
-    """Guard against ``--overwrite`` on, say, a home folder."""
-    names = {path.name for path in folder.iterdir()}
+    paths = list(folder.iterdir())
     known = {"config.json", "adapter_config.json", "orthomerge.json"}
-    return not names or bool(names & known) or any(name.endswith(".safetensors") for name in names)
+    marked = any(path.name in known or path.suffix == ".safetensors" for path in paths)
+    return not paths or (marked and not any(path.is_dir() for path in paths))
 
 
 class Staging:
@@ -75,11 +108,12 @@ class Staging:
         plan_hash: Identifies the plan; a journal of another plan is never continued.
         fingerprints: What identifies the inputs' content; JSON-ready.
         resume: Continue what an interrupted run left.
-        overwrite: Discard what an interrupted run left, and replace ``output`` when publishing.
+        overwrite: Discard what an interrupted run left, unless ``resume`` is set too, and replace
+            ``output`` when publishing.
 
     Raises:
-        OutputError: A partial output is there and neither ``resume`` nor ``overwrite`` is set, or
-            another process is working on it.
+        OutputError: A partial output is there and neither ``resume`` nor ``overwrite`` is set,
+            another process is working on it, or the folder cannot be made.
         ResumeError: ``resume`` is set and there is nothing to continue, or the plan or the inputs
             have changed.
     """
@@ -94,71 +128,108 @@ class Staging:
         overwrite: bool = False,
     ) -> None:
         self.output = output
-        self.root = output.with_name(output.name + ".partial")
-        self.files = self.root / "out"
-        self._journal_path = self.root / "journal.jsonl"
+        self.root = partial_folder(output)
+        self.files = self.root / _OUT
         self._overwrite = overwrite
-        self.finished: dict[str, Any] = {}
-        head = {"version": _JOURNAL_VERSION, "plan": plan_hash, "inputs": fingerprints}
-        self._check_state(resume, overwrite)
-        self.root.mkdir(parents=True, exist_ok=True)
-        self._lock = self._acquire_lock()
-        if resume:
-            self.finished = self._read_journal(head)
-        else:
-            self._clear()
-            fsync_write(self._journal_path, (json.dumps(head) + "\n").encode())
-        self.files.mkdir(exist_ok=True)
-        self._journal = self._journal_path.open("a", encoding="utf-8")
-
-    def record(self, entries: Mapping[str, Any]) -> None:
-        """Append finished tensors to the journal; their data must be on disk already."""
-        for name, details in entries.items():
-            self._journal.write(json.dumps({"tensor": name, "details": details}) + "\n")
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
-
-    def publish(self, single_file: str | None = None) -> None:
-        """Move the finished output to its place with one rename, then remove the rest.
-
-        Args:
-            single_file: Name of the one file that is the output; None publishes the folder.
-        """
-        fsync_folder(self.files)
-        finished = self.files / single_file if single_file else self.files
-        if self.output.is_dir():  # rename cannot replace a folder that is not empty
-            old = self.root / "replaced"
-            shutil.rmtree(old, ignore_errors=True)
-            self.output.rename(old)
-        finished.replace(self.output)
-        fsync_folder(self.output.parent)
-        self.close()
-        shutil.rmtree(self.root)
-
-    def discard(self) -> None:
-        """Remove the partial output."""
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def close(self) -> None:
-        """Release the journal and the lock; the partial output stays."""
-        self._journal.close()
-        os.close(self._lock)
-
-    def _check_state(self, resume: bool, overwrite: bool) -> None:
-        if resume and not self._journal_path.exists():
+        self._check_content()
+        if resume and not self.root.is_dir():
             raise ResumeError(
                 "there is no interrupted run to resume",
                 file=self.root,
                 remedy="Run the same command without --resume.",
             )
-        if not resume and not overwrite and self._journal_path.exists():
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._lock: int | None = self._acquire_lock()
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror}", file=self.root) from error
+        try:
+            self._journal = self._open_journal(plan_hash, fingerprints, resume)
+            self.files.mkdir(exist_ok=True)
+        except BaseException:
+            self._release_lock()
+            raise
+
+    @property
+    def finished(self) -> dict[str, Any]:
+        """The journalled tensors and their details."""
+        return self._journal.finished
+
+    def record(self, entries: Mapping[str, Any]) -> None:
+        """Journal finished tensors; their data must be on disk already."""
+        self._journal.record(entries)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take journalled tensors back, before their lost files are made anew."""
+        self._journal.forget(names)
+
+    def publish(self, names: Collection[str], single_file: str | None = None) -> None:
+        """Move the finished output to its place with one rename, then remove the rest.
+
+        Args:
+            names: All files of the output; any other in the folder is removed first.
+            single_file: Name of the one file that is the output; None publishes the folder.
+
+        Raises:
+            OutputError: Something else is at the output's place by now.
+        """
+        for path in self.files.iterdir():
+            if path.name not in names:
+                _remove(path)
+        fsync_folder(self.files)
+        if os.path.lexists(self.output) and not self._overwrite:
             raise OutputError(
-                "an interrupted run left a partial output",
-                file=self.root,
-                remedy="Pass --resume to continue it or --overwrite to start afresh.",
+                "the output has come to exist while it was being made",
+                file=self.output,
+                remedy="Move it away and run again with --resume, or pass --overwrite as well.",
             )
+        _check_replaceable(self.output, single_file is not None)
+        if single_file is not None:
+            (self.files / single_file).replace(self.output)
+        else:
+            self._publish_folder()
+        fsync_folder(self.output.parent)
+        self._clean_up()
+
+    def discard(self) -> None:
+        """Remove the partial output; an output that was about to be replaced goes back."""
+        old = self.root / _REPLACED
+        if os.path.lexists(old) and not os.path.lexists(self.output):
+            old.rename(self.output)
+        self._clean_up()
+
+    def close(self) -> None:
+        """Release the journal and the lock; the partial output stays."""
+        self._journal.close()
+        self._release_lock()
+
+    def _publish_folder(self) -> None:
+        old = self.root / _REPLACED
+        if os.path.lexists(self.output):  # rename cannot replace a folder that is not empty
+            _remove(old)
+            self.output.rename(old)
+        try:
+            self.files.rename(self.output)
+        except BaseException:
+            if os.path.lexists(old):
+                old.rename(self.output)
+            raise
+
+    def _clean_up(self) -> None:
+        """Remove the folder, the lock last: until then nobody else may write into it."""
+        with contextlib.suppress(OSError):
+            for path in self.root.iterdir():
+                if path.name != _LOCK:
+                    _remove(path)
+            (self.root / _LOCK).unlink()
+            self.root.rmdir()
+        self.close()
+
+    def _check_content(self) -> None:
         found = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
-        if found - {"lock", "out", "journal.jsonl", "replaced"}:
+        own = {_LOCK, _OUT, _JOURNAL, _REPLACED}
+        orphaned = _JOURNAL not in found and self.files.is_dir() and any(self.files.iterdir())
+        if found - own or orphaned:
             raise OutputError(
                 "holds files that orthomerge did not write",
                 file=self.root,
@@ -166,53 +237,48 @@ class Staging:
             )
 
     def _acquire_lock(self) -> int:
-        handle = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        path = self.root / _LOCK
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+            # The holder removes the file when it is done; then this lock keeps nobody out.
+            if not os.path.samestat(os.fstat(handle), path.stat()):
+                raise BlockingIOError
+        except (BlockingIOError, FileNotFoundError) as error:
             os.close(handle)
             raise OutputError(
                 "another process is writing this output",
                 file=self.root,
                 remedy="Wait for it to end, or choose another output path.",
             ) from error
+        except BaseException:
+            os.close(handle)
+            raise
         return handle
 
-    def _clear(self) -> None:
-        shutil.rmtree(self.files, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            self._journal_path.unlink()
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
-    def _read_journal(self, head: Mapping[str, object]) -> dict[str, Any]:
-        lines = self._journal_path.read_bytes().split(b"\n")
-        complete = lines[:-1]  # a line without its newline was torn by the interruption
-        found = json.loads(complete[0]) if complete else {}
-        for key, what in (("version", "format"), ("plan", "plan"), ("inputs", "inputs")):
-            if found.get(key) != json.loads(json.dumps(head[key])):
-                raise ResumeError(
-                    f"the {what} changed since the interrupted run",
+    def _open_journal(self, plan_hash: str, fingerprints: object, resume: bool) -> Journal:
+        path = self.root / _JOURNAL
+        if not resume:
+            if has_journal(path) and not self._overwrite:
+                raise OutputError(
+                    "an interrupted run left a partial output",
                     file=self.root,
-                    remedy="Repeat the first command exactly, or start afresh with --overwrite.",
+                    remedy="Pass --resume to continue it or --overwrite to start afresh.",
                 )
-        if lines[-1]:
-            with self._journal_path.open("rb+") as journal:
-                journal.truncate(sum(len(line) + 1 for line in complete))
-        entries = [json.loads(line) for line in complete[1:]]
-        return {entry["tensor"]: entry["details"] for entry in entries}
+            _remove(self.files)  # before the journal: files without one look like someone else's
+            _remove(path)
+        elif not path.exists():
+            path.touch()  # empty: refused as nothing to resume
+        return Journal(path, plan_hash, fingerprints, resume=resume)
 
 
-def fsync_write(path: Path, content: bytes) -> None:
-    """Write a small file and wait until it is on disk."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def fsync_folder(folder: Path) -> None:
-    """Wait until the folder's entries are on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

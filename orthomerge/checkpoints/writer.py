@@ -7,6 +7,7 @@ computation overlap and an interrupted run can go on from the last journalled te
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -16,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.checkpoints.header import TensorInfo, encode_header
-from orthomerge.checkpoints.layout import INDEX_NAME, Layout
-from orthomerge.checkpoints.staging import Staging, fsync_write
-from orthomerge.errors import BudgetError
+from orthomerge.checkpoints.journal import fsync_write
+from orthomerge.checkpoints.layout import INDEX_NAME, Layout, Shard
+from orthomerge.checkpoints.staging import Staging
+from orthomerge.errors import BudgetError, OrthoMergeError
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +50,7 @@ class StreamingWriter:
 
     Args:
         layout: Shards, headers and places.
-        staging: The folder under construction, new or resumed.
+        staging: The folder under construction, new or resumed; closed by the writer.
 
     Raises:
         BudgetError: The disk cannot hold the output.
@@ -66,13 +68,16 @@ class StreamingWriter:
         self._wake = threading.Condition()
         self.finished: dict[str, Any] = {}
         try:
+            self._forget_lost()
             for shard in layout.shards:
-                intact = self._open_shard(shard.filename, shard.header, shard.nbytes)
-                done = {info.name for info in shard.tensors if info.name in staging.finished}
-                self.finished |= {name: staging.finished[name] for name in done if intact}
-        except BaseException:
+                self._open_shard(shard)
+        except BaseException as error:
             self._close_handles()
+            staging.close()
+            if isinstance(error, OSError):
+                raise self._disk_error(error, staging.files) from error
             raise
+        self.finished = {n: d for n, d in staging.finished.items() if n in layout.places}
         self._syncer = threading.Thread(target=self._sync_loop, name="orthomerge-sync", daemon=True)
         self._syncer.start()
 
@@ -83,11 +88,8 @@ class StreamingWriter:
             BudgetError: The disk is full.
         """
         place = self._layout.places[name]
-        handle, written = self._handles[place.shard], 0
         try:
-            while written < len(data):
-                position = place.offset + start + written
-                written += os.pwrite(handle, data[written:], position)
+            _write_at(self._handles[place.shard], data, place.offset + start)
         except OSError as error:
             raise self._disk_error(error, self._staging.files / place.shard) from error
 
@@ -128,50 +130,67 @@ class StreamingWriter:
             single_file: The output is the one shard itself, not a folder.
             metadata: Final ``__metadata__`` of the headers; must fit the space of the planned one.
         """
-        self.flush()
-        if metadata is not None:
-            self._rewrite_headers(metadata)
-        for handle in self._handles.values():
-            os.fsync(handle)
-        self._close_handles()
-        for name, content in files.items():
-            fsync_write(self._staging.files / name, content)
+        files = dict(files)
         index = self._layout.index_json()
         if index is not None:
-            fsync_write(self._staging.files / INDEX_NAME, index.encode())
-        self._staging.publish(self._layout.shards[0].filename if single_file else None)
-
-    def abandon(self) -> None:
-        """Journal what is finished and leave the partial output for ``--resume``."""
+            files[INDEX_NAME] = index.encode()
+        shards = [shard.filename for shard in self._layout.shards]
         try:
             self.flush()
+            if metadata is not None:
+                self._rewrite_headers(metadata)
+            for handle in self._handles.values():
+                os.fsync(handle)
+            for name, content in files.items():
+                fsync_write(self._staging.files / name, content)
+            self._staging.publish({*shards, *files}, shards[0] if single_file else None)
+        except OSError as error:
+            raise self._disk_error(error, self._staging.files) from error
         finally:
             self._close_handles()
             self._staging.close()
 
-    def _open_shard(self, filename: str, header: bytes, nbytes: int) -> bool:
-        """Open or create a shard; return whether it was there already, at full size.
-
-        A journalled tensor counts only if its shard is: after a kill between publishing and
-        cleaning up, the journal outlives the files it speaks of.
-        """
-        path = self._staging.files / filename
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
-        self._handles[filename] = handle
+    def abandon(self) -> None:
+        """Journal what is finished, as far as the disk allows, and leave it for ``--resume``."""
         try:
-            intact = os.fstat(handle).st_size == nbytes
-            if not intact:
-                os.ftruncate(handle, nbytes)
-                _reserve(handle, nbytes)
-            os.pwrite(handle, header, 0)
+            with contextlib.suppress(OrthoMergeError, OSError):  # then there is less to resume
+                self.flush()
+        finally:
+            self._close_handles()
+            self._staging.close()
+
+    def _forget_lost(self) -> None:
+        """Take back journalled tensors whose shard is not there at full size.
+
+        The journal can outlive the files it speaks of: after a kill between publishing and
+        cleaning up, or when somebody deletes them. It must say so on disk before the shard is made
+        anew, or the next resume would take the zeros in it for finished tensors.
+        """
+        lost = []
+        for shard in self._layout.shards:
+            path = self._staging.files / shard.filename
+            if not path.is_file() or path.stat().st_size != shard.nbytes:
+                lost += [info.name for info in shard.tensors]
+        self._staging.forget(lost)
+
+    def _open_shard(self, shard: Shard) -> None:
+        """Open or create a shard and write its header."""
+        path = self._staging.files / shard.filename
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+            self._handles[shard.filename] = handle
+            if os.fstat(handle).st_size != shard.nbytes:
+                os.ftruncate(handle, 0)
+                os.ftruncate(handle, shard.nbytes)
+                _reserve(handle, shard.nbytes)
+            _write_at(handle, memoryview(shard.header), 0)
         except OSError as error:
             raise self._disk_error(error, path) from error
-        return intact
 
     def _rewrite_headers(self, metadata: Mapping[str, str]) -> None:
         for shard in self._layout.shards:
             header = encode_header(shard.tensors, metadata, length=len(shard.header))
-            os.pwrite(self._handles[shard.filename], header, 0)
+            _write_at(self._handles[shard.filename], memoryview(header), 0)
 
     def _sync_loop(self) -> None:
         while True:
@@ -184,6 +203,9 @@ class StreamingWriter:
                     for shard in {self._layout.places[name].shard for name in batch}:
                         os.fsync(self._handles[shard])
                     self._staging.record(batch)
+            except OSError as error:
+                self._failure = self._disk_error(error, self._staging.files)
+                return
             except BaseException as error:  # handed to the main thread by finish() or flush()
                 self._failure = error
                 return
@@ -196,11 +218,15 @@ class StreamingWriter:
 
     def _disk_error(self, error: OSError, path: Path) -> BudgetError:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            remedy = "Raise the limit of open files (ulimit -n) or --max-shard-size."
+        else:
+            remedy = "Free some space, then continue with --resume."
         return BudgetError(
             "the disk is full" if full else f"cannot be written: {error.strerror}",
             file=path,
-            expected=f"{self._layout.nbytes} bytes of free space",
-            remedy="Free some space, then continue with --resume.",
+            expected=f"{self._layout.nbytes} bytes of free space" if full else None,
+            remedy=remedy,
         )
 
 
@@ -223,6 +249,12 @@ class MemoryWriter:
 
     def finish(self, name: str, details: Any) -> None:
         """Do nothing: there is no journal."""
+
+
+def _write_at(handle: int, data: memoryview, position: int) -> None:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(handle, data[written:], position + written)
 
 
 def _reserve(handle: int, nbytes: int) -> None:

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from orthomerge.checkpoints.digest import hash_checkpoint
-from orthomerge.checkpoints.reader import StateDictCheckpoint
 from orthomerge.checkpoints.sources import open_checkpoint
+from orthomerge.checkpoints.state_dict import StateDictCheckpoint
 from orthomerge.errors import CheckpointError, ShardIndexError
 
 StateDict = dict[str, torch.Tensor]
