@@ -45,6 +45,7 @@ __all__ = [
     "TensorMismatchError",
     "UnknownNameError",
     "VerificationError",
+    "combined",
     "nearest",
 ]
 
@@ -239,6 +240,11 @@ class ProblemsError(OrthoMergeError):
             "problem": self.problem,
             "problems": [problem.as_dict() for problem in self.problems],
         }
+
+
+def combined(problems: Sequence[OrthoMergeError]) -> OrthoMergeError:
+    """Return one error for one or more problems: the only one itself, or all in a list."""
+    return problems[0] if len(problems) == 1 else ProblemsError(problems)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -19,7 +19,7 @@ def validate(
 
     Every problem of every file is reported, with line and column.
     """
-    from orthomerge.errors import OrthoMergeError, ProblemsError
+    from orthomerge.errors import OrthoMergeError, ProblemsError, combined
     from orthomerge.recipe.loader import load_recipe
 
     problems: list[OrthoMergeError] = []
@@ -31,7 +31,7 @@ def validate(
         except OrthoMergeError as error:
             problems.append(error)
     if problems:
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+        raise combined(problems)
     if json:
         print_json({"valid": [str(path) for path in recipes]})
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from orthomerge.adapters.config import AdapterConfig
 from orthomerge.adapters.convention import Kind, OftConvention, canonical_sign
 from orthomerge.adapters.keys import PREFIX, strip_prefix
-from orthomerge.errors import AdapterError, NumericalError, OrthoMergeError, ProblemsError
+from orthomerge.errors import AdapterError, NumericalError, OrthoMergeError, combined
 from orthomerge.linalg.triangular import block_size
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class OftAdapter:
             )
         if problems:
             found = list(problems.values())
-            raise found[0] if len(found) == 1 else ProblemsError(found)
+            raise combined(found)
         return cls(checkpoint.origin, config, convention, modules, others, copies, checkpoint)
 
     def skew(self, module_name: str, dtype: torch.dtype) -> torch.Tensor:

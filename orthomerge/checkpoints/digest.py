@@ -7,6 +7,7 @@ second pass; the checkpoint's digest is the hash of the sorted list of tensor di
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 
 from orthomerge.checkpoints.header import TensorInfo
@@ -36,7 +37,8 @@ def content_digest(infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> s
     """Combine tensor digests into the digest of a checkpoint.
 
     ``sha256`` over the lines ``name NUL dtype NUL shape NUL hex LF`` in order of name, for every
-    tensor that has a digest.
+    tensor that has a digest. The name is written as a JSON string, so that no name can imitate the
+    end of a line.
 
     Args:
         infos: The checkpoint's tensors.
@@ -49,7 +51,8 @@ def content_digest(infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> s
     for info in sorted(infos, key=lambda info: info.name):
         if info.name in digests:
             shape = "x".join(map(str, info.shape))
-            line = f"{info.name}\0{info.dtype}\0{shape}\0{digests[info.name]}\n"
+            name = json.dumps(info.name)
+            line = f"{name}\0{info.dtype}\0{shape}\0{digests[info.name]}\n"
             total.update(line.encode())
     return _PREFIX + total.hexdigest()
 

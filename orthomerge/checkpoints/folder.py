@@ -52,13 +52,15 @@ def read_config(folder: Path | None) -> dict[str, Any] | None:
     """Return config.json of a model folder, or None where there is none.
 
     Raises:
-        CheckpointError: It is not a JSON object.
+        CheckpointError: It cannot be read or is not a JSON object.
     """
     path = folder / "config.json" if folder else None
     if path is None or not path.is_file():
         return None
     try:
         config = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"is not valid JSON: {error}", file=path) from error
     if not isinstance(config, dict):
@@ -92,8 +94,8 @@ def config_with_dtype(config: Mapping[str, Any], dtype: str) -> str:
         return value
 
     updated = changed(dict(config))
-    if not any(key in updated for key in _DTYPE_KEYS):
-        updated["dtype"] = dtype
+    if not any(isinstance(updated.get(key), str) for key in _DTYPE_KEYS):  # none, or null
+        updated["torch_dtype" if "torch_dtype" in updated else "dtype"] = dtype
     return json.dumps(updated, indent=2, ensure_ascii=False) + "\n"
 
 

@@ -26,7 +26,7 @@ def read_provenance(text: str) -> dict[str, Any] | None:
     """Return a provenance record, or None if the text is none."""
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) and "orthomerge" in content else None
 
@@ -50,7 +50,8 @@ def model_card(
         recipe: The settings.
         adapter: The output is a PEFT adapter.
     """
-    hub_names = [s["origin"].removeprefix("hf:") for s in sources if s["origin"].startswith("hf:")]
+    origins = [source["origin"] for source in sources]
+    hub_names = [o[3:].partition("@")[0] for o in origins if o.startswith("hf:")]
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "tags": ["merge", "orthomerge", method],

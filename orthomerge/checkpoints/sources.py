@@ -21,8 +21,8 @@ from orthomerge.errors import (
     CheckpointError,
     MissingExtraError,
     OrthoMergeError,
-    ProblemsError,
     ShardIndexError,
+    combined,
 )
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _open_shards(origin: str, index_path: Path) -> FileCheckpoint:
         except OrthoMergeError as error:
             problems.append(error)
     if problems:
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+        raise combined(problems)
     _check_index(index_path, weight_map, shards)
     return FileCheckpoint(origin, shards, index_path.parent)
 
@@ -226,7 +226,7 @@ def _check_index(path: Path, weight_map: dict[str, str], shards: dict[Path, Head
                 continue
             problems.append(ShardIndexError(problem, file=path, tensor=name))
     if problems:
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+        raise combined(problems)
 
 
 def _download(origin: str) -> Path:

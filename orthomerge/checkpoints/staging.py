@@ -1,7 +1,7 @@
 """The folder ``OUT.partial`` in which an output grows until one rename publishes it.
 
-Holds the lock against a second run and the rules about what may be replaced. The tensor bytes
-themselves are written by ``writer``, the list of finished tensors by ``journal``.
+Holds the lock against a second run. The tensor bytes themselves are written by ``writer``, the list
+of finished tensors by ``journal``; what may be replaced is decided in ``destination``.
 """
 
 from __future__ import annotations
@@ -14,90 +14,17 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orthomerge.checkpoints.destination import (
+    check_destination,
+    check_replaceable,
+    partial_folder,
+)
 from orthomerge.checkpoints.journal import Journal, fsync_folder, has_journal
 from orthomerge.errors import OutputError, ResumeError
 
-__all__ = ["Staging", "check_destination", "partial_folder"]
+__all__ = ["Staging", "check_destination"]
 
 _LOCK, _OUT, _JOURNAL, _REPLACED = "lock", "out", "journal.jsonl", "replaced"
-
-
-def partial_folder(output: Path) -> Path:
-    """Return the folder in which an output grows: beside it, named ``OUT.partial``.
-
-    Raises:
-        OutputError: The path has no name of its own: ``.``, ``..`` or ``/``.
-    """
-    if output.name in ("", ".."):
-        raise OutputError(
-            "is not a name for an output", file=output, remedy="Name a new folder or file."
-        )
-    return output.with_name(output.name + ".partial")
-
-
-def check_destination(
-    output: Path, inputs: Iterable[Path], *, single_file: bool, overwrite: bool
-) -> None:
-    """Refuse an output that exists (without ``overwrite``) or that would touch an input.
-
-    Args:
-        output: Where the result shall be.
-        inputs: Files and folders of the sources.
-        single_file: The output is one file; it may lie beside input files, not replace one.
-        overwrite: Whether an existing output may be replaced.
-
-    Raises:
-        OutputError: With the reason.
-    """
-    targets = _places(output)
-    cleared = targets | _places(partial_folder(output))
-    for source in inputs:
-        for path in _places(source):
-            inside = not single_file and any(path in target.parents for target in targets)
-            if inside or any(target == path or target in path.parents for target in cleared):
-                raise OutputError(
-                    f"the output would overwrite or lie inside the input {source}",
-                    file=output,
-                    remedy="Choose another output path; inputs are never overwritten.",
-                )
-    if os.path.lexists(output) and not overwrite:
-        raise OutputError(
-            "the output already exists",
-            file=output,
-            remedy="Choose another path, or pass --overwrite to replace it.",
-        )
-    _check_replaceable(output, single_file)
-
-
-def _places(path: Path) -> set[Path]:
-    """Return where a path leads and, if it is a symbolic link, where the link itself lies."""
-    return {path.resolve(), path.parent.resolve() / path.name}
-
-
-def _check_replaceable(output: Path, single_file: bool) -> None:
-    """Guard against ``--overwrite`` on something that is no output, say a home folder."""
-    if not output.exists():
-        return
-    if output.is_dir() == single_file:
-        kinds = ("folder", "file") if single_file else ("file", "folder")
-        raise OutputError(
-            f"is a {kinds[0]}, and a {kinds[1]} is to be written there",
-            file=output,
-            remedy="Choose another path; one ending in .safetensors makes a file, others a folder.",
-        )
-    if not single_file and not _looks_like_output(output):
-        raise OutputError(
-            "the folder to overwrite does not look like a model, or holds other folders",
-            file=output,
-            remedy="Remove it yourself if it may go, or choose another path.",
-        )
-
-
-def _looks_like_output(folder: Path) -> bool:
-    paths = list(folder.iterdir())
-    known = {"config.json", "adapter_config.json", "orthomerge.json"}
-    marked = any(path.name in known or path.suffix == ".safetensors" for path in paths)
-    return not paths or (marked and not any(path.is_dir() for path in paths))
 
 
 class Staging:
@@ -183,7 +110,7 @@ class Staging:
                 file=self.output,
                 remedy="Move it away and run again with --resume, or pass --overwrite as well.",
             )
-        _check_replaceable(self.output, single_file is not None)
+        check_replaceable(self.output, single_file is not None)
         if single_file is not None:
             (self.files / single_file).replace(self.output)
         else:
@@ -218,10 +145,8 @@ class Staging:
     def _clean_up(self) -> None:
         """Remove the folder, the lock last: until then nobody else may write into it."""
         with contextlib.suppress(OSError):
-            for path in self.root.iterdir():
-                if path.name != _LOCK:
-                    _remove(path)
-            (self.root / _LOCK).unlink()
+            for name in (_OUT, _REPLACED, _JOURNAL, _LOCK):
+                _remove(self.root / name)
             self.root.rmdir()
         self.close()
 
@@ -272,8 +197,6 @@ class Staging:
                 )
             _remove(self.files)  # before the journal: files without one look like someone else's
             _remove(path)
-        elif not path.exists():
-            path.touch()  # empty: refused as nothing to resume
         return Journal(path, plan_hash, fingerprints, resume=resume)
 
 

@@ -128,6 +128,7 @@ class Plan:
         convention: How merged OFT generators are stored or applied.
         budget_bytes: Working memory the engine may use.
         workers: Threads.
+        survey_bytes: Working memory of a survey of the whole model, before any task.
         notes: What the user should know.
     """
 
@@ -145,6 +146,7 @@ class Plan:
     convention: OftConvention | None
     budget_bytes: int
     workers: int
+    survey_bytes: int
     notes: tuple[str, ...]
 
     @property
@@ -161,7 +163,7 @@ class Plan:
     def peak_bytes(self) -> int:
         """Largest working memory, beside the interpreter and its libraries."""
         largest = sorted((task.peak_bytes for task in self.tasks), reverse=True)
-        return min(sum(largest[: self.workers]), self.budget_bytes)
+        return max(min(sum(largest[: self.workers]), self.budget_bytes), self.survey_bytes)
 
     @property
     def output_dtypes(self) -> dict[str, int]:

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from orthomerge.errors import (
     OrthoMergeError,
-    ProblemsError,
     RecipeError,
     UnknownNameError,
+    combined,
 )
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.registry import get_method
@@ -54,10 +54,10 @@ def recipe_from_data(document: Document, settings: Sequence[str] = ()) -> MergeR
         recipe = MergeRecipe.model_validate(data)
     except ValidationError as error:
         problems = [_problem(item, document) for item in error.errors()]
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems) from None
+        raise combined(problems) from None
     problems = check_recipe(recipe, document)
     if problems:
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+        raise combined(problems)
     return recipe
 
 

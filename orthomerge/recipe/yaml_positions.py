@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from orthomerge.errors import OrthoMergeError, ProblemsError, RecipeError
+from orthomerge.errors import OrthoMergeError, RecipeError, combined
 
 __all__ = ["Document", "load_yaml", "load_yaml_file", "parse_value"]
 
@@ -69,7 +69,7 @@ def load_yaml(text: str, name: str) -> Document:
         loader.dispose()
     if reader.problems:
         problems = reader.problems
-        raise problems[0] if len(problems) == 1 else ProblemsError(problems)
+        raise combined(problems)
     return reader.document
 
 

@@ -117,6 +117,13 @@ def test_memory_budget_that_no_task_fits_is_refused() -> None:
     assert "--memory-budget" in str(found[0])
 
 
+def test_survey_of_the_whole_model_counts_as_working_memory() -> None:
+    models = [{f"layers.{i}.w": torch.zeros(1000, 400) for i in range(4)} for _ in range(2)]
+    prepared = plan(models, base=models[0], method="ties", scope="model")
+    assert prepared.peak_bytes >= prepared.survey_bytes == int(0.05 * 1_600_000) * 4
+    assert plan(models, base=models[0], method="ties").survey_bytes == 0
+
+
 def test_full_disk_is_refused(monkeypatch, tmp_path) -> None:
     import shutil
 

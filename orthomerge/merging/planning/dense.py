@@ -49,7 +49,7 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
         draft.tasks += _draft_task(request, method, name, row, base is not None, layers, draft)
-    draft.problems += _scope_problems(method, draft.tasks)
+    _check_model_survey(method, draft)
     add_model_files(sources[0], draft)
     return draft
 
@@ -221,19 +221,22 @@ def _peak_bytes(
     return piece * per_element + collected
 
 
-def _scope_problems(method: MergeMethod, tasks: Sequence[Task]) -> list[OrthoMergeError]:
+def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
     """A survey of the whole model runs once, so its parameters cannot vary within the model."""
-    merged = [task.parameters for task in tasks if task.kind == "merge"]
-    if method.survey is None or not any(p.get("scope") == "model" for p in merged):
-        return []
-    varying = [key for key in merged[0] if len({str(p[key]) for p in merged}) > 1]
-    return [
-        RecipeError(
-            f"with scope: model the parameter '{key}' must have one value for all tensors",
-            remedy="Give it one value, or use scope: tensor.",
-        )
-        for key in varying
-    ]
+    merged = [task for task in draft.tasks if task.kind == "merge"]
+    parameters = [task.parameters for task in merged]
+    if method.survey is None or not any(p.get("scope") == "model" for p in parameters):
+        return
+    entries = sum(task.info.numel for task in merged)
+    draft.survey_bytes = int(_SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
+    for key in parameters[0]:
+        if len({str(p[key]) for p in parameters}) > 1:
+            draft.problems.append(
+                RecipeError(
+                    f"with scope: model the parameter '{key}' must have one value for all tensors",
+                    remedy="Give it one value, or use scope: tensor.",
+                )
+            )
 
 
 def _shape_problem(name: str, row: _Row) -> OrthoMergeError:

@@ -45,6 +45,7 @@ class Draft:
     written_files: dict[str, str] = field(default_factory=dict)
     compute_dtype: str = "F32"
     piece_elements: int = _CPU_PIECE
+    survey_bytes: int = 0
     filename: str = "model.safetensors"
     convention: OftConvention | None = None
 

@@ -23,6 +23,7 @@ from orthomerge.errors import (
     ProblemsError,
     RecipeError,
     UnknownNameError,
+    combined,
 )
 from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
 from orthomerge.merging.planning import dense, oft
@@ -52,18 +53,18 @@ def build_plan(request: MergeRequest) -> Plan:
     opened = [model for model in models if model is not None]
     if problems:
         problems += _named_method_problems(request)
-        raise _combined(problems)
+        raise combined(problems)
     method = _choose_method(request, opened, base)
     problems += check_parameters(method, request.parameters, request.weights, len(opened))
     problems += _source_problems(method, opened, base)
     if problems:
-        raise _combined(problems)
+        raise combined(problems)
     planner = oft if method.space is Space.ROTATION else dense
     draft = planner.draft_tasks(request, method, opened, base)
     plan = _finish(request, method, opened, base, draft)
     problems += draft.problems + _resource_problems(plan)
     if problems:
-        raise _combined(problems)
+        raise combined(problems)
     return plan
 
 
@@ -79,10 +80,6 @@ def _collect(
     except OrthoMergeError as error:
         problems.append(error)
     return None
-
-
-def _combined(problems: list[OrthoMergeError]) -> OrthoMergeError:
-    return problems[0] if len(problems) == 1 else ProblemsError(problems)
 
 
 def _named_method_problems(request: MergeRequest) -> list[OrthoMergeError]:
@@ -184,6 +181,7 @@ def _finish(
         convention=draft.convention,
         budget_bytes=memory_budget(request),
         workers=worker_count(request),
+        survey_bytes=draft.survey_bytes,
         notes=tuple(draft.notes),
     )
 
@@ -205,6 +203,15 @@ def _resource_problems(plan: Plan) -> list[OrthoMergeError]:
                 expected=f"at least {largest.peak_bytes} bytes",
                 found=f"{plan.budget_bytes}",
                 remedy="Raise --memory-budget.",
+            )
+        )
+    if plan.survey_bytes > plan.budget_bytes:
+        problems.append(
+            BudgetError(
+                "the survey of the whole model needs more working memory than the budget",
+                expected=f"at least {plan.survey_bytes} bytes",
+                found=f"{plan.budget_bytes}",
+                remedy="Raise --memory-budget, or use scope: tensor.",
             )
         )
     output = plan.request.output
