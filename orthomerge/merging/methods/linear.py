@@ -44,8 +44,8 @@ def linear(
         >>> linear([torch.zeros(2), torch.ones(2)], weights=[1.0, 3.0])
         tensor([0.7500, 0.7500])
     """
-    total = sum(weights) if normalize else 1.0
-    merged = tensors[0] * (weights[0] / total)
+    merged = tensors[0] * weights[0]
     for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
-        merged.add_(tensor, alpha=weight / total)
-    return merged
+        merged.add_(tensor, alpha=weight)
+    # Dividing last rounds once where the weights are whole numbers; scaling them first does not.
+    return merged.div_(sum(weights)) if normalize else merged
