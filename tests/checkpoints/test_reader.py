@@ -39,9 +39,10 @@ def test_short_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) 
     checkpoint.close()
 
 
-def test_file_that_shrinks_is_noticed(path: Path) -> None:
+@pytest.mark.parametrize("missing", [8, 200])  # a part of the tensor, or all of it
+def test_file_that_shrinks_is_noticed(missing: int, path: Path) -> None:
     checkpoint = open_checkpoint(path)
-    os.truncate(path, path.stat().st_size - 8)
+    os.truncate(path, path.stat().st_size - missing)
     with pytest.raises(CheckpointError, match="became shorter") as caught:
         checkpoint.read("b")
     assert caught.value.tensor == "b"
