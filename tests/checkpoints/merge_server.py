@@ -2,7 +2,8 @@
 
 Reads one JSON object per line: ``arguments`` for the command line, ``pause`` in seconds after every
 piece that is read, ``sync_bytes`` between journal entries, and where standard output and error go.
-Answers with the fork's process id, later with its exit code (negative: the signal that killed it).
+Answers with the fork's process id and, after an empty line, with its exit code (negative: the
+signal that killed it).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ def serve() -> None:
         if child == 0:
             _merge(request)
         print(child, flush=True)
+        sys.stdin.readline()
         _, status = os.waitpid(child, 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -52,7 +51,7 @@ def wait_for(path: Path, process_id: int) -> None:
     deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, f"process {process_id} made no {path}"
-        time.sleep(0.001)
+        time.sleep(0.0002)
 
 
 @dataclass
@@ -74,14 +73,20 @@ class Server:
         assert self.process.stdout is not None
         return self.process.stdout.readline()
 
-    def kill(self, child: int, stop: signal.Signals = signal.SIGKILL) -> int:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-            os.kill(child, stop)
+    def wait(self) -> int:
+        """Return the exit code; until it is asked for, the child keeps its process id."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
         return int(self.answer())
+
+    def kill(self, child: int, stop: signal.Signals = signal.SIGKILL) -> int:
+        os.kill(child, stop)
+        return self.wait()
 
     def run(self, arguments: Sequence[str]) -> int:
         self.start(arguments)
-        return int(self.answer())
+        return self.wait()
 
     def facts(self) -> dict[str, Any]:
         found = json.loads((self.folder / "stdout").read_text())
@@ -146,15 +151,15 @@ def test_killed_merge_resumes_to_the_same_bytes(
     child = server.start([*arguments, str(tmp_path / "timed")], pause=pause)
     wait_for(tmp_path / "timed.partial", child)
     appeared = time.monotonic()
-    assert server.answer() == "0\n"
+    assert server.wait() == 0
     duration = time.monotonic() - appeared
-    for kill in range(17):
+    for kill in range(14):
         output = tmp_path / str(kill) / "merged"
         command = [*arguments, str(output)]
         child = server.start(command, pause=pause)
         wait_for(output.with_name("merged.partial"), child)
         # The last few aim at the end, where the output is published.
-        time.sleep(duration * (choose.uniform(0, 0.9) if kill < 12 else choose.uniform(0.9, 1.1)))
+        time.sleep(duration * (choose.uniform(0, 0.9) if kill < 10 else choose.uniform(0.9, 1.1)))
         assert server.kill(child) in (0, -signal.SIGKILL)
         assert_nothing_half_made(output, expected)
         if kill % 3 == 0 and not output.exists():  # killed again while it resumes
@@ -166,6 +171,21 @@ def test_killed_merge_resumes_to_the_same_bytes(
         assert files_of(output) == expected
         assert os.listdir(output.parent) == ["merged"]
     assert sum(count > 0 for count in resumed) >= 6, "too few kills hit the middle of the work"
+
+
+def test_output_is_whole_from_the_moment_it_is_seen(
+    server: Server, arguments: list[str], expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    for kill in range(3):
+        output = tmp_path / str(kill) / "merged"
+        command = [*arguments, str(output)]
+        child = server.start(command)
+        wait_for(output, child)
+        server.kill(child)
+        assert files_of(output) == expected
+        finish(server, command, output)
+        assert files_of(output) == expected
+        assert os.listdir(output.parent) == ["merged"]
 
 
 def test_killed_command_resumes_to_the_same_bytes(

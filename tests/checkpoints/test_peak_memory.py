@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import save_file
 
 pytestmark = pytest.mark.slow
-ALLOWANCE_BYTES = 48 << 20  # of files of 200 MB, the largest tensor of which has 120 MB
+ALLOWANCE_BYTES = 48 << 20  # for files of 200 MB, the largest tensor of which has 120 MB
 
+# Not ru_maxrss: it starts at the size of the process that started this one.
 SCRIPT = """
-import atexit, json, resource, sys
-import torch
+import atexit, json, pathlib, re
 import orthomerge.merging.run, orthomerge_cli.main
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = pathlib.Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1])
 
 start = peak()
 atexit.register(lambda: print(json.dumps([start, peak()])))
@@ -44,7 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     shutil.rmtree(folder)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures with /proc")
 @pytest.mark.parametrize("shard_size", ["5GB", "20MB"])
 def test_peak_memory_is_far_below_the_file_size(
     shard_size: str, models: list[str], tmp_path: Path
@@ -60,4 +61,4 @@ def test_peak_memory_is_far_below_the_file_size(
     start, peak = json.loads(done.stdout)
     assert sum(path.stat().st_size for path in output.glob("*.safetensors")) > 200_000_000
     shutil.rmtree(output)
-    assert peak - start < ALLOWANCE_BYTES
+    assert 0 < start < peak < start + ALLOWANCE_BYTES
