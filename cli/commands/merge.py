@@ -111,11 +111,11 @@ def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResul
 
         with byte_progress(plan.read_bytes, "merging") as advance:
             return run_plan(plan, resume=resume, overwrite=overwrite, advance=advance)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         say(f"interrupted. Continue with: {_resume_command()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def _resume_command() -> str:
-    arguments = [a for a in sys.argv[1:] if a not in ("--resume", "--overwrite")]
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
     return shlex.join(["orthomerge", *arguments, "--resume"])

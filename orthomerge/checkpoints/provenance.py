@@ -59,7 +59,9 @@ def model_card(
     if hub_names:
         front["base_model"] = hub_names
         front["base_model_relation"] = "merge"
-    rows = "\n".join(f"| {s['role']} | `{s['origin']}` | `{s['digest']}` |" for s in sources)
+    rows = "\n".join(
+        f"| {s['role']} | `{s['origin']}` | `{s['digest'] or 'not read'}` |" for s in sources
+    )
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n"
         f"# {name}\n\n"

@@ -14,15 +14,11 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orthomerge.checkpoints.destination import (
-    check_destination,
-    check_replaceable,
-    partial_folder,
-)
+from orthomerge.checkpoints.destination import check_replaceable, partial_folder
 from orthomerge.checkpoints.journal import Journal, fsync_folder, has_journal
 from orthomerge.errors import OutputError, ResumeError
 
-__all__ = ["Staging", "check_destination"]
+__all__ = ["Staging"]
 
 _LOCK, _OUT, _JOURNAL, _REPLACED = "lock", "out", "journal.jsonl", "replaced"
 

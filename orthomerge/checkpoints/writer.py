@@ -150,14 +150,21 @@ class StreamingWriter:
             self._close_handles()
             self._staging.close()
 
-    def abandon(self) -> None:
-        """Journal what is finished, as far as the disk allows, and leave it for ``--resume``."""
+    def abandon(self, *, discard: bool = False) -> None:
+        """Journal what is finished, as far as the disk allows, and leave it for ``--resume``.
+
+        Args:
+            discard: There is nothing to resume: remove the partial output instead.
+        """
         try:
             with contextlib.suppress(OrthoMergeError, OSError):  # then there is less to resume
                 self.flush()
         finally:
             self._close_handles()
-            self._staging.close()
+            if discard:
+                self._staging.discard()
+            else:
+                self._staging.close()
 
     def _forget_lost(self) -> None:
         """Take back journalled tensors whose shard is not there at full size.

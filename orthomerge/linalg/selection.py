@@ -101,5 +101,5 @@ def _count_and_collect(
         high_in_dtype, low_in_dtype = magnitudes.dtype.type(high), magnitudes.dtype.type(low)
         reach = magnitudes >= high_in_dtype
         above += int(np.count_nonzero(reach))
-        inside.append(magnitudes[(magnitudes >= low_in_dtype) & ~reach])
+        inside.append(magnitudes[(magnitudes >= low_in_dtype) ^ reach])  # reach is the subset
     return above, np.concatenate(inside)

@@ -52,10 +52,13 @@ def execute(
     # Largest first: the threads then finish at about the same time.
     waiting = [task for task in plan.tasks if task.name not in done]
     waiting.sort(key=lambda task: -task.read_bytes)
-    with full_precision(), torch.inference_mode(), _threads_per_worker(plan.workers):
-        if surveys_model(plan):
-            context.survey = model_survey(context)
-        done |= _run_all(waiting, context)
+    try:
+        with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+            if surveys_model(plan):
+                context.survey = model_survey(context)
+            done |= _run_all(waiting, context)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted from interrupt
     return done
 
 
@@ -76,9 +79,6 @@ def _run_all(tasks: list[Task], context: Context) -> dict[str, Any]:
         futures = [pool.submit(work, position) for position in range(len(tasks))]
         try:
             _wait(futures, context)
-        except KeyboardInterrupt as interrupt:
-            context.stop.set()
-            raise Interrupted from interrupt
         finally:
             context.stop.set()
             for future in futures:
@@ -126,10 +126,10 @@ def _prefetch(tasks: list[Task], position: int, context: Context) -> None:
 
 
 @contextmanager
-def _threads_per_worker(workers: int) -> Iterator[None]:
-    """Share torch's threads out among the workers: two pools on the same cores only wait."""
+def _one_thread_per_worker() -> Iterator[None]:
+    """Give each worker one torch thread: pieces are too small to share, and pools only wait."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // workers))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

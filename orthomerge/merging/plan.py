@@ -183,6 +183,9 @@ class Plan:
             "convention": repr(self.convention),
             "seed": self.request.seed,
             "device": self.request.device,
+            "output": self.output_kind,
+            "provenance": self.request.provenance and dict(self.request.recipe),
+            "files": [sorted(self.copied_files), dict(self.written_files)],
             "shards": [
                 [s.filename, s.header.decode("utf-8", "replace")] for s in self.layout.shards
             ],

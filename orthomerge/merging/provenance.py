@@ -16,8 +16,11 @@ from orthomerge.version import __version__
 __all__ = ["final_metadata", "provenance_files", "single_file_metadata", "source_digests"]
 
 
-def source_digests(plan: Plan, details: Mapping[str, Any]) -> list[str]:
-    """Return the content digest of each source, base first, over the tensors that were read."""
+def source_digests(plan: Plan, details: Mapping[str, Any]) -> list[str | None]:
+    """Return the content digest of each source, base first, over the tensors that were read.
+
+    None for a source that the method did not look at.
+    """
     sources = [*([plan.base] if plan.base else []), *plan.models]
     found: list[dict[str, str]] = [{} for _ in sources]
     for task in plan.tasks:
@@ -25,7 +28,7 @@ def source_digests(plan: Plan, details: Mapping[str, Any]) -> list[str]:
             if name is not None and digest is not None:
                 digests[name] = digest
     return [
-        content_digest(source.checkpoint.tensors.values(), digests)
+        content_digest(source.checkpoint.tensors.values(), digests) if digests else None
         for source, digests in zip(sources, found, strict=True)
     ]
 
@@ -38,12 +41,12 @@ def single_file_metadata(request: MergeRequest, method: str, sources: int) -> di
     return _metadata(request, method, [DIGEST_PLACEHOLDER] * sources)
 
 
-def final_metadata(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
+def final_metadata(plan: Plan, digests: Sequence[str | None]) -> dict[str, str]:
     """Return the header metadata of a single-file output with the digests."""
     return _metadata(plan.request, plan.method.name, digests)
 
 
-def provenance_files(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
+def provenance_files(plan: Plan, digests: Sequence[str | None]) -> dict[str, str]:
     """Return the provenance files of an output folder: name to text."""
     request = plan.request
     content = _content(request, plan.method.name, digests)
@@ -58,14 +61,14 @@ def provenance_files(plan: Plan, digests: Sequence[str]) -> dict[str, str]:
     return {PROVENANCE_NAME: provenance_json(content) + "\n", "README.md": card}
 
 
-def _metadata(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, str]:
+def _metadata(request: MergeRequest, method: str, digests: Sequence[str | None]) -> dict[str, str]:
     metadata = {"format": "pt"}
     if request.provenance:
         metadata["orthomerge"] = provenance_json(_content(request, method, digests), indent=None)
     return metadata
 
 
-def _content(request: MergeRequest, method: str, digests: Sequence[str]) -> dict[str, Any]:
+def _content(request: MergeRequest, method: str, digests: Sequence[str | None]) -> dict[str, Any]:
     return {
         "orthomerge": __version__,
         "recipe": {**request.recipe, "method": method},
@@ -87,7 +90,7 @@ def _resolved_parameters(request: MergeRequest, method: str) -> dict[str, Any]:
     return {name: request.parameters.get(name, p.default) for name, p in parameters.items()}
 
 
-def _sources(request: MergeRequest, digests: Sequence[str]) -> list[dict[str, Any]]:
+def _sources(request: MergeRequest, digests: Sequence[str | None]) -> list[dict[str, Any]]:
     roles: list[tuple[str, Any]] = [("base", request.base)] if request.base is not None else []
     roles += [("model", model) for model in request.models]
     return [

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
-from orthomerge.errors import AdapterError, CheckpointError, NumericalError
+from orthomerge.errors import AdapterError, CheckpointError, NumericalError, OutputError
 from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
@@ -93,13 +93,20 @@ def _write(
     try:
         details = execute(plan, writer, advance=advance)
         _check_inputs(plan)
-    except (NumericalError, CheckpointError, AdapterError):
+        _publish(plan, writer, details)
+    except OutputError:
         writer.abandon()
-        staging.discard()  # the inputs have to change, so there is nothing to resume
+        raise
+    except (NumericalError, CheckpointError, AdapterError):
+        writer.abandon(discard=True)  # the inputs have to change, so there is nothing to resume
         raise
     except BaseException:
         writer.abandon()
         raise
+    return details, len(writer.finished)
+
+
+def _publish(plan: Plan, writer: StreamingWriter, details: dict[str, Any]) -> None:
     digests = source_digests(plan, details) if plan.request.provenance else []
     single_file = plan.output_kind == "file"
     files = {name: path.read_bytes() for name, path in plan.copied_files.items()}
@@ -108,7 +115,6 @@ def _write(
         files |= {name: t.encode() for name, t in provenance_files(plan, digests).items()}
     metadata = final_metadata(plan, digests) if single_file else None
     writer.publish(files, single_file=single_file, metadata=metadata)
-    return details, len(writer.finished)
 
 
 def _check_inputs(plan: Plan) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["JoinedStream", "TensorReader", "TensorStream", "check_finite"]
 
-_SAMPLE_BLOCK = 1024  # entries read together for a sample: fewer reads, less independent
+_SAMPLE_BLOCK = 2048  # entries read together for a sample: fewer reads, less independent
 
 
 class TensorReader:

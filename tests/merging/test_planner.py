@@ -168,6 +168,19 @@ def test_plan_hash_depends_on_what_changes_the_result() -> None:
     other = plan([sd(), sd(1)], weights=[2.0, 1.0]).hash()
     assert one == again != other
     assert plan([sd(), sd(1)], weights=[1.0, 2.0], run_settings={"workers": 1}).hash() == one
+    bare = plan([sd(), sd(1)], weights=[1.0, 2.0], output_settings={"provenance": False})
+    assert bare.hash() != one, "its journal holds no digests"
+
+
+def test_source_that_the_method_does_not_look_at_gets_no_digest(tmp_path) -> None:
+    merge([sd(), sd(1)], base=sd(2), method="linear", output=tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "orthomerge.json").read_text())
+    assert [bool(source["digest"]) for source in record["sources"]] == [False, True, True]
+
+
+def test_output_without_a_name_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "not a name" in str(problems_of([sd(), sd(1)], output=".")[0])
 
 
 def test_rules_and_gradients_reach_the_tensors() -> None:

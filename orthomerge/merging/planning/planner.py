@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from orthomerge.adapters.sources import Source, open_source, source_files
+from orthomerge.checkpoints.destination import check_destination, partial_folder
 from orthomerge.checkpoints.layout import plan_layout
 from orthomerge.checkpoints.sources import CheckpointSource
-from orthomerge.checkpoints.staging import check_destination
 from orthomerge.errors import (
     BudgetError,
     OrthoMergeError,
@@ -159,10 +159,12 @@ def _finish(
 ) -> Plan:
     kind = _output_kind(request.output)
     digested = len(models) + (base is not None)
+    # PEFT reads an adapter from one file.
+    in_shards = kind == "folder" and "adapter_config.json" not in draft.written_files
     metadata = single_file_metadata(request, method.name, digested) if kind == "file" else None
     layout = plan_layout(
         [task.info for task in draft.tasks],
-        max_shard_bytes=request.max_shard_bytes if kind == "folder" else 1 << 62,
+        max_shard_bytes=request.max_shard_bytes if in_shards else 1 << 62,
         filename=request.output.name if kind == "file" and request.output else draft.filename,
         metadata=metadata,
     )
@@ -233,7 +235,7 @@ def _resource_problems(plan: Plan) -> list[OrthoMergeError]:
 
 def _reclaimable(output: Path) -> int:
     """Return the size of an earlier partial output, which will be continued or replaced."""
-    partial = output.with_name(output.name + ".partial") / "out"
+    partial = partial_folder(output) / "out"
     return sum(path.stat().st_blocks * 512 for path in partial.glob("*")) if partial.is_dir() else 0
 
 
