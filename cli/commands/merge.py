@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shlex
 import signal
 import sys
@@ -99,6 +100,9 @@ def _plan(recipe: MergeRecipe) -> Plan:
 def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResult:
     from orthomerge.merging.executors.context import Interrupted
     from orthomerge.merging.run import run_plan
+
+    gc.freeze()  # what the imports left is here to stay
+    gc.enable()
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
