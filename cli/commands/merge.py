@@ -58,8 +58,6 @@ def merge(
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip
-    from orthomerge.merging.planning.planner import check_output
-
     plan = _plan(_with_output(merged))
     if dry_run:
         from orthomerge_cli.summaries import print_plan
@@ -69,7 +67,6 @@ def merge(
         from orthomerge_cli.summaries import announce
 
         announce(plan)
-    check_output(plan, overwrite=overwrite)  # before torch is imported: refusals come at once
     result = _run(plan, resume=resume, overwrite=overwrite, show=not (quiet or json))
     if json:
         from orthomerge_cli.summaries import result_facts
@@ -98,6 +95,9 @@ def _plan(recipe: MergeRecipe) -> Plan:
 
 
 def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResult:
+    from orthomerge.merging.planning.planner import check_output
+
+    check_output(plan, overwrite=overwrite)  # before torch is imported: refusals come at once
     from orthomerge.merging.executors.context import Interrupted
     from orthomerge.merging.run import run_plan
 
