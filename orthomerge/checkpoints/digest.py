@@ -6,9 +6,10 @@ second pass; the checkpoint's digest is the hash of the sorted list of tensor di
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
+
+from blake3 import blake3
 
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.reader import Checkpoint
@@ -22,21 +23,24 @@ __all__ = [
 ]
 
 _BLOCK_BYTES = 1 << 20
-_PREFIX = "sha256:"
+_PREFIX = "blake3:"
 
 #: As long as every real digest, so that a header can be sized before the content is known.
 DIGEST_PLACEHOLDER = _PREFIX + "0" * 64
 
 
-def tensor_hasher() -> hashlib._Hash:
-    """Return the incremental hash that tensor bytes are fed to, in order."""
-    return hashlib.sha256()
+def tensor_hasher() -> blake3:
+    """Return the incremental hash that tensor bytes are fed to, in order.
+
+    BLAKE3: as hard to forge as SHA-256, and several times faster, which a merge feels.
+    """
+    return blake3()
 
 
 def content_digest(infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> str:
     """Combine tensor digests into the digest of a checkpoint.
 
-    ``sha256`` over the lines ``name NUL dtype NUL shape NUL hex LF`` in order of name, for every
+    ``BLAKE3`` over the lines ``name NUL dtype NUL shape NUL hex LF`` in order of name, for every
     tensor that has a digest. The name is written as a JSON string, so that no name can imitate the
     end of a line.
 
@@ -45,9 +49,9 @@ def content_digest(infos: Iterable[TensorInfo], digests: Mapping[str, str]) -> s
         digests: Tensor name to the hex digest of its bytes.
 
     Returns:
-        ``"sha256:<hex>"``.
+        ``"blake3:<hex>"``.
     """
-    total = hashlib.sha256()
+    total = blake3()
     for info in sorted(infos, key=lambda info: info.name):
         if info.name in digests:
             shape = "x".join(map(str, info.shape))

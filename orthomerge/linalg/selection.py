@@ -7,7 +7,7 @@ brackets the answer, one pass counts and collects what lies inside the bracket.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,9 @@ from torch import Tensor
 
 from orthomerge.errors import NumericalError
 
-__all__ = ["ChunkedValues", "kth_largest_magnitude"]
+__all__ = ["ChunkedValues", "kth_largest_magnitude", "kth_largest_magnitudes"]
+
+_Magnitudes = np.ndarray[tuple[int], np.dtype[np.floating]]
 
 _SAMPLE = 1 << 15
 _MARGIN_SIGMAS = 6.0
@@ -58,11 +60,33 @@ def kth_largest_magnitude(values: ChunkedValues, k: int) -> float:
         >>> kth_largest_magnitude(Values(), 2)
         3.0
     """
-    if not 1 <= k <= values.numel:
-        raise ValueError(f"k = {k} is not between 1 and {values.numel}")
-    low, high = _bracket(values.sample(_SAMPLE), k / values.numel)
+    return kth_largest_magnitudes([values], [k])[0]
+
+
+def kth_largest_magnitudes(values: Sequence[ChunkedValues], ks: Sequence[int]) -> list[float]:
+    """Return what ``kth_largest_magnitude`` does, for several sets of values of one size.
+
+    They are walked through in step, chunk by chunk, so that what they are made from in common (a
+    base model) is read once.
+
+    Raises:
+        ValueError: A k is not between 1 and the number of values.
+        NumericalError: Some values are NaN.
+    """
+    for each, k in zip(values, ks, strict=True):
+        if not 1 <= k <= each.numel:
+            raise ValueError(f"k = {k} is not between 1 and {each.numel}")
+    brackets = [_bracket(v.sample(_SAMPLE), k / v.numel) for v, k in zip(values, ks, strict=True)]
+    found = _count_and_collect(values, brackets)
+    entries = zip(values, ks, brackets, found, strict=True)
+    return [_settle(each, k, *bracket, *counted) for each, k, bracket, counted in entries]
+
+
+def _settle(
+    values: ChunkedValues, k: int, low: float, high: float, above: int, inside: _Magnitudes
+) -> float:
+    """Return the k-th largest magnitude; look again where the bracket does not hold it."""
     while True:
-        above, inside = _count_and_collect(values, low, high)
         if above >= k:  # the answer is at `high` or beyond
             low, high = high, math.inf
         elif above + len(inside) < k and low > 0.0:  # the answer is below `low`
@@ -72,6 +96,7 @@ def kth_largest_magnitude(values: ChunkedValues, k: int) -> float:
         else:
             rank = len(inside) - (k - above)  # from the smallest, zero-based
             return float(np.partition(inside, rank)[rank])
+        [(above, inside)] = _count_and_collect([values], [(low, high)])
 
 
 def _bracket(sample: Tensor, fraction: float) -> tuple[float, float]:
@@ -89,17 +114,19 @@ def _bracket(sample: Tensor, fraction: float) -> tuple[float, float]:
 
 
 def _count_and_collect(
-    values: ChunkedValues, low: float, high: float
-) -> tuple[int, np.ndarray[tuple[int], np.dtype[np.floating]]]:
-    """Count the magnitudes >= high and collect those in [low, high).
+    values: Sequence[ChunkedValues], brackets: Sequence[tuple[float, float]]
+) -> list[tuple[int, _Magnitudes]]:
+    """Count, for each set of values, those of magnitude >= high; collect those in [low, high).
 
     numpy compares and compresses several times faster than torch does on the CPU.
     """
-    above, inside = 0, []
-    for chunk in values.chunks():
-        magnitudes = chunk.abs().cpu().numpy()
-        high_in_dtype, low_in_dtype = magnitudes.dtype.type(high), magnitudes.dtype.type(low)
-        reach = magnitudes >= high_in_dtype
-        above += int(np.count_nonzero(reach))
-        inside.append(magnitudes[(magnitudes >= low_in_dtype) ^ reach])  # reach is the subset
-    return above, np.concatenate(inside)
+    above = [0] * len(values)
+    inside: list[list[_Magnitudes]] = [[] for _ in values]
+    for chunks in zip(*(each.chunks() for each in values), strict=True):
+        for at, (chunk, (low, high)) in enumerate(zip(chunks, brackets, strict=True)):
+            magnitudes = chunk.abs().cpu().numpy()
+            reach = magnitudes >= magnitudes.dtype.type(high)
+            above[at] += int(np.count_nonzero(reach))
+            reach ^= magnitudes >= magnitudes.dtype.type(low)  # what reaches low, but not high
+            inside[at].append(magnitudes[np.flatnonzero(reach)])  # faster than by a mask
+    return [(count, np.concatenate(found)) for count, found in zip(above, inside, strict=True)]

@@ -58,6 +58,7 @@ class TensorReader:
         self._raw = torch.empty(min(piece_elements, self.numel) * self._item, dtype=torch.uint8)
         self._bytes = self._raw.numpy().data
         self._hasher = tensor_hasher() if hashing else None
+        self._kept: tuple[int, int, Tensor] | None = None
 
     def piece(self, start: int, count: int) -> Tensor:
         """Return ``count`` elements from flat index ``start`` on, lifted and checked.
@@ -65,14 +66,32 @@ class TensorReader:
         Raises:
             NumericalError: Some of them are not finite.
         """
+        lifted = self.unchecked(start, count)
+        self.check(lifted)
+        return lifted
+
+    def kept(self, start: int, count: int) -> Tensor:
+        """Return the same as ``unchecked``; several models' streams share the base's pieces so."""
+        if self._kept is None or self._kept[:2] != (start, count):
+            self._kept = start, count, self.unchecked(start, count)
+        return self._kept[2]
+
+    def unchecked(self, start: int, count: int) -> Tensor:
+        """Return ``count`` elements from flat index ``start`` on, lifted."""
         window = self._bytes[: count * self._item]
         self._checkpoint.read_into(self._name, window, start * self._item)
         if self._hasher:
             self._hasher.update(window)
         stored = self._raw[: count * self._item].view(self._dtype)
-        lifted = stored.to(device=self._device, dtype=self._compute)
+        return stored.to(device=self._device, dtype=self._compute)
+
+    def check(self, lifted: Tensor) -> None:
+        """Refuse a piece of this tensor that is not finite.
+
+        Raises:
+            NumericalError: Naming the file, the tensor and the place.
+        """
         check_finite(lifted, self._checkpoint.origin, self._name, "the input")
-        return lifted
 
     def nbytes(self, count: int) -> int:
         """Return the stored size of ``count`` elements."""
@@ -114,8 +133,16 @@ class TensorStream:
         return torch.cat([self._piece(start, length).clone() for start in starts])
 
     def _piece(self, start: int, count: int) -> Tensor:
-        piece = self._reader.piece(start, count)
-        return piece if self._base is None else piece - self._base.piece(start, count)
+        piece = self._reader.unchecked(start, count)
+        if self._base is None:
+            self._reader.check(piece)
+            return piece
+        origin = self._base.kept(start, count)
+        delta = piece - origin
+        if not math.isfinite(delta.sum().item()):  # whenever one of the two holds NaN or infinity
+            self._reader.check(piece)
+            self._base.check(origin)
+        return delta
 
 
 class JoinedStream:

@@ -189,7 +189,7 @@ def test_validate_reports_all_files_at_once(files, run) -> None:
 def test_inspect_shows_kind_sizes_and_provenance(files, run) -> None:
     run("merge", "a.safetensors", "b.safetensors", "-q")
     _, out, _ = run("inspect", "merged.safetensors", "--tensors", "--hash")
-    for words in ("full checkpoint", "48 in 2 tensors", "F32", "linear", "layers.0.w", "sha256:"):
+    for words in ("full checkpoint", "48 in 2 tensors", "F32", "linear", "layers.0.w", "blake3:"):
         assert words in out
     _, out, _ = run("inspect", "merged.safetensors", "--json", "--hash")
     facts = json.loads(out)

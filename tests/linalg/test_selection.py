@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import selection
-from orthomerge.linalg.selection import kth_largest_magnitude
+from orthomerge.linalg.selection import kth_largest_magnitude, kth_largest_magnitudes
 
 
 class Chunks:
@@ -47,15 +47,34 @@ def test_one_pass_and_few_candidates_when_the_sample_is_good(monkeypatch) -> Non
     original = selection._count_and_collect
 
     def spy(*arguments):
-        above, inside = original(*arguments)
-        collected.append(len(inside))
-        return above, inside
+        found = original(*arguments)
+        collected.extend(len(inside) for _, inside in found)
+        return found
 
     monkeypatch.setattr(selection, "_count_and_collect", spy)
     chunks = Chunks(values)
     kth_largest_magnitude(chunks, 60_000)
     assert chunks.passes == 1
     assert collected[0] < 0.05 * values.numel()
+
+
+def test_several_are_walked_through_in_step() -> None:
+    generator = torch.Generator().manual_seed(2)
+    sets = [torch.randn(5_000, generator=generator) * 10**i for i in range(3)]
+    walked: list[int] = []
+
+    class Recording(Chunks):
+        def chunks(self):
+            for chunk in super().chunks():
+                walked.append(id(self))
+                yield chunk
+
+    streams = [Recording(sets[0]), Recording(sets[1], misleading=True), Recording(sets[2])]
+    ks = [1, 2_500, 4_999]
+    wanted = [by_sorting(values, k) for values, k in zip(sets, ks, strict=True)]
+    assert kth_largest_magnitudes(streams, ks) == wanted
+    assert walked[:15] == [id(stream) for stream in streams] * 5
+    assert [stream.passes for stream in streams] == [1, 2, 1]  # the misled one looks again
 
 
 @settings(max_examples=60)

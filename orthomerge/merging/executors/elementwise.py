@@ -6,6 +6,8 @@ touch main memory once, and memory does not grow with the tensor.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from orthomerge.merging.executors.context import Context
@@ -88,12 +90,13 @@ def model_survey(context: Context) -> Any:
     assert survey is not None
     sizes = [task.info.numel for task in tasks]
 
-    def opener(model: int) -> Any:
-        def open_stream(position: int) -> TensorStream:
-            context.check_stop()
-            return _streams(tasks[position], context)[model]
+    @functools.lru_cache(maxsize=1)  # the models are walked through in step and share the base
+    def open_streams(position: int) -> list[TensorStream]:
+        context.check_stop()
+        return _streams(tasks[position], context)
 
-        return open_stream
+    def opener(model: int) -> Callable[[int], TensorStream]:
+        return lambda position: open_streams(position)[model]
 
     streams = [JoinedStream(sizes, opener(model)) for model in range(len(context.plan.models))]
     return survey(streams, weights=tasks[0].weights, **tasks[0].parameters)

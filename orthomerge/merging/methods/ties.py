@@ -22,12 +22,12 @@ _TINY = 1e-30  # keeps 0/0 at entries where no model agrees at 0
 
 def _thresholds(streams: Sequence[TensorStream], *, density: float, **_: Any) -> list[float]:
     """Return each model's k-th largest magnitude, k = ⌊density · numel⌋, at least 1."""
-    from orthomerge.linalg.selection import kth_largest_magnitude
+    from orthomerge.linalg.selection import kth_largest_magnitudes
 
     if density == 1.0:
         return [0.0] * len(streams)
     counts = [max(1, math.floor(density * stream.numel + 1e-9)) for stream in streams]
-    return [kth_largest_magnitude(s, k) for s, k in zip(streams, counts, strict=True)]
+    return kth_largest_magnitudes(streams, counts)
 
 
 @merge_method(
