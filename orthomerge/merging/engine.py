@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from orthomerge.checkpoints.writer import TensorSink
 from orthomerge.errors import BudgetError
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.executors import EXECUTORS, Context, Interrupted
-from orthomerge.merging.executors.elementwise import model_survey, surveys_model
-from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.norms import UpdateNorms
+from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
+from orthomerge.merging.surveys import model_survey, surveying_method
 
 __all__ = ["Interrupted", "execute"]
 
@@ -54,12 +56,24 @@ def execute(
     waiting.sort(key=lambda task: -task.read_bytes)
     try:
         with full_precision(), torch.inference_mode(), _one_thread_per_worker():
-            if surveys_model(plan):
+            if surveying_method(plan):
                 context.survey = model_survey(context)
+            if plan.request.norm_matched is not None:
+                context.factor = _matched_factor(plan, context)
             done |= _run_all(waiting, context)
     except KeyboardInterrupt as interrupt:
         raise Interrupted from interrupt
     return done
+
+
+def _matched_factor(plan: Plan, context: Context) -> float:
+    """Run the merge once without writing, to learn how large its update is."""
+    assert plan.request.norm_matched is not None
+    norms = UpdateNorms()
+    measured = replace(context, norms=norms, advance=lambda _: None, stop=threading.Event())
+    merged = [task for task in plan.tasks if task.kind in MERGED_KINDS]
+    _run_all(merged, measured)
+    return norms.factor(plan.request.norm_matched)
 
 
 def _run_all(tasks: list[Task], context: Context) -> dict[str, Any]:
@@ -72,7 +86,8 @@ def _run_all(tasks: list[Task], context: Context) -> dict[str, Any]:
             context.check_stop()
             _prefetch(tasks, position + context.plan.workers, context)
             details = EXECUTORS[task.kind](task, context)
-            context.sink.finish(task.name, details)
+            if not context.measuring:
+                context.sink.finish(task.name, details)
             done[task.name] = details
 
     with ThreadPoolExecutor(context.plan.workers, thread_name_prefix="orthomerge") as pool:

@@ -1,8 +1,8 @@
 """Parameters of merge methods: declared by a method's signature, checked from plain values.
 
 A parameter is a keyword-only argument with a default; its annotation says what is allowed
-(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, or ``Annotated[..., Between(...)]``).
-How a value may vary from tensor to tensor is in ``rules``.
+(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, ``Annotated[..., Between(...)]``, each with
+``| None`` for "let the method decide", or ``NestedMethod``). How a value may vary from tensor to tensor is in ``rules``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from orthomerge.errors import RecipeError
 
-__all__ = ["Between", "Density", "Parameter", "declared_parameters"]
+__all__ = ["Between", "Density", "NestedMethod", "Parameter", "declared_parameters"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,25 @@ class Between:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+class _Nested:
+    """Marks a parameter whose value names another method, with that method's parameters."""
+
+
+#: Another method of DELTA space, as its name or as ``{method: name, parameter: value, ...}``; None
+#: lets the outer method decide. The function gets the mapping with every parameter filled in.
+NestedMethod = Annotated[Mapping[str, Any] | None, _Nested()]
+
 #: The kept fraction of a task vector's entries.
 Density = Annotated[float, Between(0, 1, open_low=True)]
+
+
+_KINDS: dict[type, str] = {
+    float: "number",
+    int: "integer",
+    bool: "true | false",
+    str: "text",
+    dict: "a method of task vectors, or {method: name, parameter: value, ...}",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +65,12 @@ class Parameter:
 
     Args:
         name: As written in recipes and with ``--set``.
-        kind: ``float``, ``int``, ``bool`` or ``str``.
+        kind: ``float``, ``int``, ``bool`` or ``str``; ``dict`` for a nested method.
         default: Its default.
         choices: Allowed strings, for a choice.
         bounds: Allowed range, for a number.
         help: One line from the method's docstring.
+        optional: Whether null may be given, which lets the method decide.
     """
 
     name: str
@@ -61,16 +79,14 @@ class Parameter:
     choices: tuple[str, ...] = ()
     bounds: Between | None = None
     help: str = ""
+    optional: bool = False
 
     @property
     def allowed(self) -> str:
         """Say in words what may be given."""
-        if self.choices:
-            return " | ".join(self.choices)
         bounds = f" {self.bounds}" if self.bounds else ""
-        return {float: "number", int: "integer", bool: "true | false", str: "text"}[
-            self.kind
-        ] + bounds
+        kind = " | ".join(self.choices) if self.choices else _KINDS[self.kind]
+        return kind + bounds + (" | null" if self.optional else "")
 
     def check(self, value: Any) -> Any:
         """Return ``value`` in the parameter's type.
@@ -78,11 +94,24 @@ class Parameter:
         Raises:
             RecipeError: It is of another type or out of range.
         """
+        if value is None and self.optional:
+            return None
+        if self.kind is dict:
+            return self._nested(value)
         converted = self._convert(value)
         out_of_range = self.bounds is not None and not self.bounds.holds(converted)
         if out_of_range or (self.choices and converted not in self.choices):
             raise self._refusal(value)
         return converted
+
+    def _nested(self, value: Any) -> dict[str, Any]:
+        from orthomerge.merging.nesting import nested_method
+
+        if isinstance(value, str):
+            value = {"method": value}
+        if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
+            raise self._refusal(value)
+        return nested_method(self.name, value)
 
     def _convert(self, value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -122,16 +151,27 @@ def declared_parameters(function: Callable[..., Any], reserved: set[str]) -> dic
 def _parameter(
     argument: inspect.Parameter, annotation: Any, help_lines: Mapping[str, str]
 ) -> Parameter:
-    bounds = None
+    bounds = nested = None
     if typing.get_origin(annotation) is Annotated:
         bounds = next((m for m in annotation.__metadata__ if isinstance(m, Between)), None)
+        nested = next((m for m in annotation.__metadata__ if isinstance(m, _Nested)), None)
         annotation = typing.get_args(annotation)[0]
+    annotation, optional = _without_none(annotation)
     choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-    kind = str if choices else annotation
-    if kind not in (float, int, bool, str) or argument.default is argument.empty:
+    kind = dict if nested else str if choices else annotation
+    if kind not in _KINDS or argument.default is argument.empty:
         raise TypeError(f"parameter '{argument.name}' needs a plain type and a default")
     help_line = help_lines.get(argument.name, "")
-    return Parameter(argument.name, kind, argument.default, choices, bounds, help_line)
+    return Parameter(argument.name, kind, argument.default, choices, bounds, help_line, optional)
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    """Split ``X | None`` into X and whether None was allowed."""
+    parts = typing.get_args(annotation)
+    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
+        return annotation, False
+    others = [part for part in parts if part is not type(None)]
+    return (others[0] if len(others) == 1 else annotation), len(others) < len(parts)
 
 
 def _argument_help(doc: str) -> dict[str, str]:

@@ -21,13 +21,17 @@ from orthomerge.version import __version__
 
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
+    from orthomerge.adapters.updates import AdapterUpdates
 
 __all__ = ["BackMap", "MergeRequest", "MissingPolicy", "OutputKind", "Plan", "Task", "TaskKind"]
 
 MissingPolicy = Literal["error", "copy-base", "skip"]
 BackMap = Literal["auto", "as_trained", "exact"]
 OutputKind = Literal["folder", "file", "memory"]
-TaskKind = Literal["merge", "copy", "convert", "rotate"]
+TaskKind = Literal["merge", "whole", "copy", "convert", "rotate"]
+
+#: The kinds whose tensors a method merges; the others are taken over from one source.
+MERGED_KINDS: frozenset[TaskKind] = frozenset({"merge", "whole", "rotate"})
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -53,6 +57,8 @@ class MergeRequest:
         device: Where the arithmetic runs.
         workers: Threads; None for one per core, at most 8.
         seed: Seed of methods that draw random numbers.
+        norm_matched: Size of the whole update, as a multiple of the size of the sum of all
+            models' changes; None leaves it as the method makes it.
         recipe: The user's settings as they should appear in the provenance.
     """
 
@@ -72,6 +78,7 @@ class MergeRequest:
     device: str = "cpu"
     workers: int | None = None
     seed: int = 0
+    norm_matched: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,7 +88,7 @@ class Task:
 
     Args:
         info: Its name, dtype and shape in the output.
-        kind: ``merge`` runs the method on pieces, ``copy`` copies the first source's bytes (and
+        kind: ``merge`` runs the method on pieces, ``whole`` on the whole tensor, ``copy`` copies the first source's bytes (and
             checks that the others agree), ``convert`` changes the first source's dtype,
             ``rotate`` merges one OFT module.
         models: The tensor (or OFT module) in each model; None where a model lacks it.
@@ -118,6 +125,8 @@ class Plan:
         method: The method.
         models: Opened models.
         base: Opened base.
+        changes: What each model that is an adapter changes in the base; None for the others, and
+            in merges that never leave the adapters' own space.
         tasks: One per output tensor.
         layout: Where each output byte goes.
         output_kind: Folder, single file, or tensors in memory.
@@ -136,6 +145,7 @@ class Plan:
     method: MergeMethod
     models: tuple[Source, ...]
     base: Source | None
+    changes: tuple[AdapterUpdates | None, ...]
     tasks: tuple[Task, ...]
     layout: Layout
     output_kind: OutputKind
@@ -182,6 +192,7 @@ class Plan:
             "piece_elements": self.piece_elements,
             "convention": repr(self.convention),
             "seed": self.request.seed,
+            "norm_matched": self.request.norm_matched,
             "device": self.request.device,
             "output": self.output_kind,
             "provenance": self.request.provenance and dict(self.request.recipe),

@@ -24,9 +24,8 @@ def source_digests(plan: Plan, details: Mapping[str, Any]) -> list[str | None]:
     sources = [*([plan.base] if plan.base else []), *plan.models]
     found: list[dict[str, str]] = [{} for _ in sources]
     for task in plan.tasks:
-        for digests, (name, digest) in zip(found, details[task.name]["digests"], strict=True):
-            if name is not None and digest is not None:
-                digests[name] = digest
+        for digests, pairs in zip(found, details[task.name]["digests"], strict=False):
+            digests.update(dict(pairs))
     return [
         content_digest(source.checkpoint.tensors.values(), digests) if digests else None
         for source, digests in zip(sources, found, strict=True)
@@ -74,6 +73,7 @@ def _content(request: MergeRequest, method: str, digests: Sequence[str | None]) 
         "recipe": {**request.recipe, "method": method},
         "method": method,
         "parameters": _resolved_parameters(request, method),
+        **({"norm_matched": request.norm_matched} if request.norm_matched is not None else {}),
         "sources": _sources(request, digests),
         "seed": request.seed,
         "versions": {

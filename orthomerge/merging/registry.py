@@ -13,16 +13,19 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from orthomerge.errors import UnknownNameError
 from orthomerge.merging.parameters import Parameter, declared_parameters
 from orthomerge.merging.spaces import Space
 
-__all__ = ["LAWS", "MergeMethod", "all_methods", "get_method", "merge_method"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 
 _ENTRY_POINTS = "orthomerge.merge_methods"
-_SUPPLIED = {"weights", "survey"}
+_SUPPLIED = {"weights", "survey", "role"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REGISTRY: dict[str, MergeMethod] = {}
 
@@ -35,6 +38,19 @@ LAWS: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What a method made of one tensor.
+
+    Args:
+        tensor: The merged tensor.
+        facts: What it measured on the way, JSON-ready; kept in the journal and the report.
+    """
+
+    tensor: Tensor
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class MergeMethod:
     """One merge method as the planner and the engine see it.
@@ -45,13 +61,22 @@ class MergeMethod:
             ``(base, deltas, *, ...)`` in DELTA space.
         space: What it works on.
         reference: Paper or origin.
-        survey: Computes per-tensor or whole-model statistics from streams, before ``function``.
+        survey: ``survey(streams, *, weights, **parameters)``, called once per tensor, or once for
+            the whole model if the method has a parameter ``scope`` that is set to ``"model"``. Its
+            result is passed to the function as ``survey``.
         min_models: Fewest models it takes.
         max_models: Most models it takes, or None.
         laws: Names from ``LAWS`` that hold at default parameters.
         negative_weights: Whether a weight may be below zero.
-        divides_by_weight_sum: Whether weights must not sum to zero, or the parameter that says so.
+        divides_by_weight_sum: Whether weights that sum to zero are an error: always (True), never
+            (False), or when the boolean parameter of this name is set.
         parameters: What can be set.
+        whole: Whether it needs whole tensors in their shapes, not flat pieces.
+        workspace: For a whole-tensor method: elements of the compute dtype it holds beside its
+            inputs, from the tensor's shape and the number of models. Default: as many again.
+        residual: For a method with a nested one: ``(base, delta, mean_delta, *, weights, role,
+            **parameters)`` gives what is left of one model's delta for the nested method.
+        dense: Id of the method that takes its place for sources it cannot read.
     """
 
     name: str
@@ -65,6 +90,15 @@ class MergeMethod:
     negative_weights: bool
     divides_by_weight_sum: bool | str
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    whole: bool = False
+    workspace: Callable[[tuple[int, ...], int], int] | None = None
+    residual: Callable[..., Any] | None = None
+    dense: str | None = None
+
+    @property
+    def nests(self) -> bool:
+        """Whether one of its parameters names another method."""
+        return any(parameter.kind is dict for parameter in self.parameters.values())
 
     @property
     def needs_base(self) -> bool:
@@ -74,7 +108,21 @@ class MergeMethod:
     @property
     def uses_weights(self) -> bool:
         """Whether it takes one weight per model."""
-        return "weights" in inspect.signature(self.function).parameters
+        return "weights" in self._arguments
+
+    def call(self, *tensors: Any, **arguments: Any) -> Merged:
+        """Call the function with those of weights, survey and role that it takes."""
+        given = {
+            name: value
+            for name, value in arguments.items()
+            if name not in _SUPPLIED or name in self._arguments
+        }
+        result = self.function(*tensors, **given)
+        return result if isinstance(result, Merged) else Merged(result)
+
+    @functools.cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(inspect.signature(self.function).parameters)
 
     def needs_weight_sum(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether weights that sum to zero are an error at these parameters."""
@@ -104,27 +152,20 @@ def merge_method(
     laws: tuple[str, ...] = (),
     negative_weights: bool = True,
     divides_by_weight_sum: bool | str = False,
+    whole: bool = False,
+    workspace: Callable[[tuple[int, ...], int], int] | None = None,
+    residual: Callable[..., Any] | None = None,
+    dense: str | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register a pure function as a merge method.
 
-    The function gets fp32 (or fp64) tensors and returns a new one, without changing its inputs. In
-    WEIGHT and DELTA space it is called on pieces of a tensor, so entry j of its result may depend
-    only on entry j of its inputs and on what ``survey`` found; in ROTATION space it is called once
-    per module.
+    The function gets fp32 (or fp64) tensors and returns a new one (or ``Merged``), without changing
+    its inputs. In WEIGHT and DELTA space it is called on pieces of a tensor, so entry j of its
+    result may depend only on entry j of its inputs and on what ``survey`` found; with ``whole`` it
+    is called once per tensor, with all of it in its shape and, if it asks, with ``role``: what the
+    tensor is in the model. In ROTATION space it is called once per module.
 
-    Args:
-        name: Stable kebab-case id used in recipes.
-        space: What the function works on.
-        reference: Paper (arXiv id) or origin of the formula.
-        survey: ``survey(streams, *, weights, **parameters)``, called once per tensor, or once for
-            the whole model if the method has a parameter ``scope`` that is set to ``"model"``. Its
-            result is passed to the function as ``survey``.
-        min_models: Fewest models it takes.
-        max_models: Most models it takes.
-        laws: Names from ``LAWS`` that hold at default parameters.
-        negative_weights: Whether a weight may be below zero.
-        divides_by_weight_sum: Whether weights that sum to zero are an error: always (True), never
-            (False), or when the boolean parameter of this name is set.
+    The other arguments are the fields of ``MergeMethod``, which documents them.
     """
     unknown = set(laws) - set(LAWS)
     if unknown:
@@ -145,6 +186,10 @@ def merge_method(
             negative_weights,
             divides_by_weight_sum,
             declared_parameters(function, _SUPPLIED),
+            whole,
+            workspace,
+            residual,
+            dense,
         )
         return function
 

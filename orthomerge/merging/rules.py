@@ -52,7 +52,7 @@ class LayerMap:
 def check_value(value: Any, check: Callable[[Any], Any], where: str) -> list[OrthoMergeError]:
     """Return what is wrong with a value, checking every scalar in it with ``check``."""
     problems: list[OrthoMergeError] = []
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and "method" not in value:  # which a nested method has
         return [
             RecipeError(f"{where} must be a scalar, a gradient or a list of rules", found=value)
         ]

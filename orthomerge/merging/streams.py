@@ -16,11 +16,12 @@ from torch import Tensor
 from orthomerge.checkpoints.digest import tensor_hasher
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
 from orthomerge.errors import NumericalError
+from orthomerge.linalg.selection import ChunkedValues
 
 if TYPE_CHECKING:
     from orthomerge.checkpoints.reader import Checkpoint
 
-__all__ = ["JoinedStream", "TensorReader", "TensorStream", "check_finite"]
+__all__ = ["HeldStream", "JoinedStream", "TensorReader", "TensorStream", "check_finite"]
 
 _SAMPLE_BLOCK = 2048  # entries read together for a sample: fewer reads, less independent
 
@@ -103,26 +104,24 @@ class TensorReader:
 
 
 class TensorStream:
-    """One model's contribution to one weight: the weight, or its difference from the base.
+    """One model's contribution to one weight, walked through in flat pieces.
 
     Args:
-        reader: The model's tensor.
-        base: The base's tensor, to stream the difference.
+        numel: Number of entries.
+        piece: Gives ``count`` entries from a flat index on.
+        piece_elements: Most entries per piece.
     """
 
-    def __init__(self, reader: TensorReader, base: TensorReader | None = None) -> None:
-        self._reader, self._base = reader, base
-
-    @property
-    def numel(self) -> int:
-        """Number of entries."""
-        return self._reader.numel
+    def __init__(
+        self, numel: int, piece: Callable[[int, int], Tensor], piece_elements: int
+    ) -> None:
+        self.numel = numel
+        self._piece, self._step = piece, piece_elements
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield all entries in order, once, as flat pieces."""
-        step = self._reader.piece_elements
-        for start in range(0, self.numel, step):
-            yield self._piece(start, min(step, self.numel - start))
+        for start in range(0, self.numel, self._step):
+            yield self._piece(start, min(self._step, self.numel - start))
 
     def sample(self, count: int) -> Tensor:
         """Return about ``count`` entries: short runs at evenly spaced places."""
@@ -132,17 +131,18 @@ class TensorStream:
         starts = [round((i + 0.5) / runs * spare) for i in range(runs)]
         return torch.cat([self._piece(start, length).clone() for start in starts])
 
-    def _piece(self, start: int, count: int) -> Tensor:
-        piece = self._reader.unchecked(start, count)
-        if self._base is None:
-            self._reader.check(piece)
-            return piece
-        origin = self._base.kept(start, count)
-        delta = piece - origin
-        if not math.isfinite(delta.sum().item()):  # whenever one of the two holds NaN or infinity
-            self._reader.check(piece)
-            self._base.check(origin)
-        return delta
+
+class HeldStream(TensorStream):
+    """A tensor that is in memory already, as a stream.
+
+    Args:
+        values: The tensor.
+        piece_elements: Most entries per piece.
+    """
+
+    def __init__(self, values: Tensor, piece_elements: int = 1 << 17) -> None:
+        flat = values.reshape(-1)
+        super().__init__(flat.numel(), lambda at, count: flat[at : at + count], piece_elements)
 
 
 class JoinedStream:
@@ -153,7 +153,7 @@ class JoinedStream:
         open_stream: Opens the stream at a position; one is open at a time.
     """
 
-    def __init__(self, sizes: Sequence[int], open_stream: Callable[[int], TensorStream]) -> None:
+    def __init__(self, sizes: Sequence[int], open_stream: Callable[[int], ChunkedValues]) -> None:
         self._sizes = {position: size for position, size in enumerate(sizes) if size}
         self._open = open_stream
         self.numel = sum(self._sizes.values())

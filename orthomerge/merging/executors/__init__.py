@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from orthomerge.merging.executors import copying, elementwise, rotation
+from orthomerge.merging.executors import copying, elementwise, rotation, whole
 from orthomerge.merging.executors.context import Context, Interrupted
 from orthomerge.merging.plan import Task, TaskKind
 
@@ -18,6 +18,7 @@ __all__ = ["EXECUTORS", "Context", "Interrupted"]
 #: Task kind -> executor; each returns JSON-ready details for the journal and the report.
 EXECUTORS: dict[TaskKind, Callable[[Task, Context], dict[str, Any]]] = {
     "merge": elementwise.run,
+    "whole": whole.run,
     "copy": copying.run,
     "convert": copying.run_conversion,
     "rotate": rotation.run,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,9 @@ from torch import Tensor
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
 from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.spaces import Space
 from orthomerge.merging.streams import TensorReader, check_finite
 
 __all__ = ["Context", "Interrupted"]
@@ -33,6 +35,8 @@ class Context:
         advance: Called with the number of input bytes read since the last call.
         stop: Set when the run must end soon.
         survey: Result of the method's whole-model survey, if it has one.
+        norms: Set while only the size of the updates is measured and nothing is written.
+        factor: Multiplies every update, see ``UpdateNorms``.
     """
 
     plan: Plan
@@ -40,6 +44,13 @@ class Context:
     advance: Callable[[int], None] = lambda _: None
     stop: threading.Event = field(default_factory=threading.Event)
     survey: Any = None
+    norms: UpdateNorms | None = None
+    factor: float = 1.0
+
+    @property
+    def measuring(self) -> bool:
+        """Whether nothing is written in this pass."""
+        return self.norms is not None
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +85,28 @@ class Context:
         """Raise ``Interrupted`` if the run must end."""
         if self.stop.is_set():
             raise Interrupted
+
+    def finish(
+        self,
+        task: Task,
+        start: int,
+        merged: Tensor,
+        origin: Tensor | None,
+        contributions: Sequence[Tensor],
+        space: Space,
+    ) -> None:
+        """Measure or write a merged piece, its update scaled to the strength asked for."""
+        if self.norms is not None:
+            assert origin is not None
+            deltas = contributions
+            if space is Space.WEIGHT:
+                deltas = [weight - origin for weight in contributions]
+            self.norms.add(merged - origin, deltas)
+        else:
+            if self.factor != 1.0:
+                assert origin is not None
+                merged = torch.lerp(origin, merged, self.factor)
+            self.emit(task, start, merged)
 
     def emit(self, task: Task, start: int, values: Tensor) -> None:
         """Round a piece once to the output dtype, check it, and write it.

@@ -43,7 +43,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
         context.sink.write(task.name, start, blocks[0])
         context.advance(count * len(sources))
     digests = iter(hasher.hexdigest() for hasher in hashers)
-    named = [[name, next(digests) if name else None] for _, name in context.checkpoints(task)]
+    named = [[[name, next(digests)]] if name else [] for _, name in context.checkpoints(task)]
     return {"digests": named if context.plan.request.provenance else []}
 
 
@@ -60,8 +60,9 @@ def run_conversion(task: Task, context: Context) -> dict[str, Any]:
         count = min(step, task.info.numel - start)
         context.emit(task, start, reader.piece(start, count))
         context.advance(count * ITEM_SIZES[checkpoint.tensors[name].dtype])
-    digests: list[list[str | None]] = [[name, None] for _, name in entries]
-    digests[position][1] = reader.digest()
+    digests: list[list[list[str]]] = [[] for _ in entries]
+    if found := reader.digest():
+        digests[position].append([name, found])
     return {"digests": digests}
 
 

@@ -5,15 +5,17 @@ Headers only. Tied output heads are recognised here, so that they are merged onc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.folder import is_tied, read_config, tied_alias
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError, RecipeError, TensorMismatchError
-from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task, TaskKind
 from orthomerge.merging.planning.draft import (
     Draft,
     Settings,
@@ -25,6 +27,7 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.files import add_model_files
+from orthomerge.merging.planning.views import View, open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 from orthomerge.merging.spaces import Space
@@ -43,12 +46,18 @@ def draft_tasks(
     sources = [*([base] if base else []), *models]
     stored = [info.dtype for source in sources for info in source.checkpoint.tensors.values()]
     draft.compute_dtype = compute_dtype(request, stored)
-    tied = _resolve_tie(sources, draft)
-    rows = _align(request, sources, tied, draft)
+    views = open_views(models, base, draft.problems)
+    if draft.problems:
+        return draft
+    draft.changes = tuple(view.changes for view in views)
+    if base is not None:
+        views.insert(0, View(base, base.checkpoint.tensors))
+    tied = _resolve_tie([v.source for v in views if v.changes is None], draft)
+    rows = _align(request, views, tied, draft, base is not None)
     layers = LayerMap.of(rows)
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
-        draft.tasks += _draft_task(request, method, name, row, base is not None, layers, draft)
+        draft.tasks += _draft_task(request, method, name, row, views, layers, draft)
     _check_model_survey(method, draft)
     add_model_files(sources[0], draft)
     return draft
@@ -104,42 +113,45 @@ def _owns_head(source: Source, head: str) -> bool:
 
 def _align(
     request: MergeRequest,
-    sources: Sequence[Source],
+    views: Sequence[View],
     tied: tuple[str, str] | None,
     draft: Draft,
+    has_base: bool,
 ) -> dict[str, _Row]:
     """Match tensors by name; deal with the missing ones as the policy says."""
-    names = list(dict.fromkeys(name for s in sources for name in s.checkpoint.tensors))
+    names = list(dict.fromkeys(name for view in views for name in view.tensors))
     rows: dict[str, _Row] = {}
     for name in names:
-        if tied and name == tied[0] and not _owns_head(sources[0], name):
+        if tied and name == tied[0] and not _owns_head(views[0].source, name):
             continue
-        row = _Row(tuple(_entry(source, name, tied) for source in sources))
-        if row.complete:
+        row = _Row(tuple(_entry(view, name, tied) for view in views))
+        if has_base and not any(view.touches(name) for view in views[1:]):
+            rows[name] = _Row((row.entries[0], *(None for _ in views[1:])))
+        elif row.complete:
             rows[name] = row
         elif request.missing == "copy-base" and row.entries[0] is not None:
             rows[name] = _Row((row.entries[0], *(None for _ in row.entries[1:])))
-            draft.notes.append(f"{name} is not in every model: copied from {sources[0].origin}")
+            draft.notes.append(f"{name} is not in every model: copied from {views[0].origin}")
         elif request.missing == "skip":
             draft.notes.append(f"{name} is not in every model: left out")
         else:
-            draft.problems.append(_missing_problem(request, name, row, sources))
+            draft.problems.append(_missing_problem(request, name, row, views))
     return rows
 
 
-def _entry(source: Source, name: str, tied: tuple[str, str] | None) -> TensorInfo | None:
-    tensors = source.checkpoint.tensors
+def _entry(view: View, name: str, tied: tuple[str, str] | None) -> TensorInfo | None:
+    tensors = view.tensors
     if name not in tensors and tied and name == tied[0]:
-        config = read_config(source.checkpoint.folder)
+        config = read_config(view.source.checkpoint.folder)
         if config is None or config.get("tie_word_embeddings") is not False:
             return tensors.get(tied[1])
     return tensors.get(name)
 
 
 def _missing_problem(
-    request: MergeRequest, name: str, row: _Row, sources: Sequence[Source]
+    request: MergeRequest, name: str, row: _Row, views: Sequence[View]
 ) -> OrthoMergeError:
-    without = [s.origin for s, entry in zip(sources, row.entries, strict=True) if entry is None]
+    without = [v.origin for v, entry in zip(views, row.entries, strict=True) if entry is None]
     remedy = (
         "Only --missing skip can handle a tensor that the first source lacks."
         if request.missing == "copy-base"
@@ -154,10 +166,11 @@ def _draft_task(
     method: MergeMethod,
     name: str,
     row: _Row,
-    has_base: bool,
+    views: Sequence[View],
     layers: LayerMap,
     draft: Draft,
 ) -> list[Task]:
+    has_base = len(views) > len(request.models)
     present = [entry for entry in row.entries if entry is not None]
     if len({entry.shape for entry in present}) > 1:
         draft.problems.append(_shape_problem(name, row))
@@ -171,13 +184,14 @@ def _draft_task(
     settings = resolve_settings(request, method, name, layers)
     kind = _task_kind(method, row, info, settings)
     entries = row.entries
-    if kind == "merge":
+    if kind in MERGED_KINDS:
         models = entries[1:] if has_base else entries
         problem = weight_sum_problem(method, settings, [True] * len(models), name)
         draft.problems += [problem] if problem else []
-        if method.space is Space.WEIGHT and has_base:
-            entries = (None, *models)  # the method does not look at the base
-    used = [entry for entry in entries if entry is not None]
+        if has_base and not _reads_base(request, method, views):
+            entries = (None, *models)
+    pairs = list(zip(views, entries, strict=True))
+    read = sum(view.read_bytes(entry.name) for view, entry in pairs if entry is not None)
     names = tuple(entry.name if entry else None for entry in entries)
     return [
         Task(
@@ -187,8 +201,8 @@ def _draft_task(
             base=names[0] if has_base else None,
             weights=settings.weights,
             parameters=settings.parameters,
-            peak_bytes=_peak_bytes(method, kind, info, used, draft),
-            read_bytes=sum(entry.nbytes for entry in used),
+            peak_bytes=_peak_bytes(method, kind, info, pairs, draft),
+            read_bytes=read,
         )
     ]
 
@@ -200,32 +214,51 @@ def _task_kind(method: MergeMethod, row: _Row, info: TensorInfo, settings: Setti
         return "copy"  # and the sources must agree
     if not row.complete or (method.name == "passthrough" and settings.parameters["scale"] == 1.0):
         return "copy" if same_dtype else "convert"
-    return "merge"
+    return "whole" if method.whole else "merge"
+
+
+def _reads_base(request: MergeRequest, method: MergeMethod, views: Sequence[View]) -> bool:
+    """A method of whole weights looks at the base only where something is relative to it."""
+    relative = request.norm_matched is not None or any(view.changes for view in views)
+    return method.space is not Space.WEIGHT or relative
 
 
 def _peak_bytes(
     method: MergeMethod,
     kind: TaskKind,
     info: TensorInfo,
-    used: Sequence[TensorInfo],
+    pairs: Sequence[tuple[View, TensorInfo | None]],
     draft: Draft,
 ) -> int:
-    piece = min(draft.piece_elements, max(info.numel, 1))
+    used = [entry for _, entry in pairs if entry is not None]
     lifted = ITEM_SIZES[draft.compute_dtype]
     per_element = sum(ITEM_SIZES[entry.dtype] for entry in used)
+    # An adapter's change is held whole, and so is the base's tensor while it is computed.
+    changed = sum(view.changes is not None and entry is not None for view, entry in pairs)
+    held = (changed + 2) * info.numel * lifted if changed else 0
+    if kind == "whole":
+        models = max(1, len(used) - 1)
+        inputs = info.numel * (per_element + len(used) * lifted)
+        workspace = (method.workspace or _default_workspace)(info.shape, models)
+        return held + inputs + workspace * lifted
+    piece = min(draft.piece_elements, max(info.numel, 1))
     if kind == "merge":
         per_element += (2 * len(used) + _TEMPORARIES) * lifted
     collected = 0
     if kind == "merge" and method.survey is not None:
         collected = int(_SURVEY_SHARE * info.numel) * lifted
-    return piece * per_element + collected
+    return held + piece * per_element + collected
+
+
+def _default_workspace(shape: tuple[int, ...], models: int) -> int:
+    return 4 * (models + 1) * math.prod(shape)
 
 
 def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
     """A survey of the whole model runs once, so its parameters cannot vary within the model."""
-    merged = [task for task in draft.tasks if task.kind == "merge"]
+    merged = [task for task in draft.tasks if task.kind in MERGED_KINDS]
     parameters = [task.parameters for task in merged]
-    if method.survey is None or not any(p.get("scope") == "model" for p in parameters):
+    if not any(_scope(p) == "model" for p in parameters):
         return
     entries = sum(task.info.numel for task in merged)
     draft.survey_bytes = int(_SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
@@ -237,6 +270,12 @@ def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
                     remedy="Give it one value, or use scope: tensor.",
                 )
             )
+
+
+def _scope(parameters: Mapping[str, Any]) -> Any:
+    """Return the scope parameter of the method, or of the one nested in it."""
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return next((scope for p in (parameters, *nested) if (scope := p.get("scope"))), None)
 
 
 def _shape_problem(name: str, row: _Row) -> OrthoMergeError:

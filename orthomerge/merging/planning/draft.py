@@ -18,6 +18,7 @@ from orthomerge.merging.rules import LayerMap, unmatched_rules, value_for
 
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
+    from orthomerge.adapters.updates import AdapterUpdates
 
 __all__ = [
     "Draft",
@@ -48,6 +49,7 @@ class Draft:
     survey_bytes: int = 0
     filename: str = "model.safetensors"
     convention: OftConvention | None = None
+    changes: tuple[AdapterUpdates | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

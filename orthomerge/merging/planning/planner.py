@@ -93,11 +93,19 @@ def _named_method_problems(request: MergeRequest) -> list[OrthoMergeError]:
 
 
 def _choose_method(request: MergeRequest, models: list[Source], base: Source | None) -> MergeMethod:
-    if request.method is not None:
-        return get_method(request.method)
-    if models and all(model.kind == "OFT" for model in models):
-        return get_method("orthomerge")
-    return get_method("linear" if base is None else "task-arithmetic")
+    all_rotations = bool(models) and all(model.rotations is not None for model in models)
+    if request.method is None:
+        return get_method(_default_method(models, base, all_rotations))
+    method = get_method(request.method)
+    if method.space is Space.ROTATION and method.dense and not all_rotations:
+        return get_method(method.dense)
+    return method
+
+
+def _default_method(models: list[Source], base: Source | None, all_rotations: bool) -> str:
+    if all_rotations:
+        return "orthomerge"
+    return "geodesic" if base is None else "orthomerge-decoupled"
 
 
 def _source_problems(
@@ -123,10 +131,9 @@ def _source_problems(
                 remedy="Pass --base (in a recipe: base), or use a method without one: linear.",
             )
         )
-    wanted_kind = "OFT" if method.space is Space.ROTATION else "full"
     for model in models:
-        if model.kind != wanted_kind:
-            problems.append(_kind_problem(method, model, wanted_kind))
+        problem = _kind_problem(method, model, base)
+        problems += [problem] if problem else []
     if base is not None and base.kind != "full":
         problems.append(
             RecipeError(
@@ -136,18 +143,34 @@ def _source_problems(
     return problems
 
 
-def _kind_problem(method: MergeMethod, model: Source, wanted: str) -> RecipeError:
-    legal = "OFT adapters" if wanted == "OFT" else "full checkpoints"
-    remedy = {
-        "full": "For full checkpoints use linear, slerp, task-arithmetic or ties.",
-        "OFT": "For OFT adapters use --method orthomerge (with --base to get a full checkpoint).",
-    }.get(
-        model.kind,
-        f"{model.kind} adapters cannot be merged yet: merge each into its base with PEFT first.",
-    )
+def _kind_problem(
+    method: MergeMethod, model: Source, base: Source | None
+) -> RecipeError | None:
+    """Return why this method cannot merge this source, or None."""
+    if method.space is Space.ROTATION:
+        if model.rotations is not None:
+            return None
+        legal, remedy = "OFT adapters", "Give it OFT adapters, or use another method."
+        if model.kind == "full" or _makes_updates(model):
+            remedy = f"Use a method of task vectors, with --base: {method.dense or 'ties'}."
+    elif model.kind == "full" or (_makes_updates(model) and base is not None):
+        return None
+    elif _makes_updates(model):
+        legal = "full checkpoints, or adapters together with their base"
+        remedy = "Pass --base (in a recipe: base): the model the adapter was trained on."
+        if model.rotations is not None:
+            remedy += " OFT adapters alone are merged by --method orthomerge."
+    else:
+        legal = "full checkpoints and LoRA, OFT, BOFT and HRA adapters"
+        remedy = f"Merge each {model.kind} adapter into its base with PEFT first."
     return RecipeError(
         f"{method.name} merges {legal}", file=model.origin, found=model.description, remedy=remedy
     )
+
+
+def _makes_updates(model: Source) -> bool:
+    """Return whether it is an adapter whose change of a base weight can be computed."""
+    return model.lora is not None or model.rotations is not None
 
 
 def _finish(
@@ -173,6 +196,7 @@ def _finish(
         method=method,
         models=tuple(models),
         base=base,
+        changes=draft.changes or (None,) * len(models),
         tasks=tuple(draft.tasks),
         layout=layout,
         output_kind=kind,

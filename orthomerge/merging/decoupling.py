@@ -1,0 +1,224 @@
+"""Orthogonal-residual decoupling of one layer: fit rotations, gate them, merge both parts.
+
+The method's registration and its formula are in ``methods/orthomerge_decoupled``; the fits and the
+averages are ``linalg``'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthomerge.linalg import exp_so, residual_noise_baseline
+from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
+from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
+from orthomerge.linalg.rotations import apply_cayley
+from orthomerge.merging.nesting import nested_method, run_nested
+from orthomerge.merging.registry import Merged
+
+__all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled"]
+
+_ANCHORS = {"robust": 1e-3, "faithful": 1e-6, "reproduce": 0.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The method's parameters, with everything decided that the mode decides."""
+
+    mode: str
+    variant: str
+    residual: Mapping[str, Any]
+    gate: bool
+    margin: float
+    strength: float
+    correction: str
+    c_max: float
+    zero_guard: float
+    anchor: float
+    block: int | None
+    chart: str
+    roles: frozenset[str]
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any], models: int) -> Settings:
+        """Fill in what was left to the mode, for a number of models."""
+        mode, robust = parameters["mode"], parameters["mode"] == "robust"
+        mean = {"method": "task-arithmetic", "scale": 1 / models}
+        residual = parameters["residual"] or nested_method(
+            "residual", {"method": "tsv-m"} if robust else mean
+        )
+        gate, c_max, anchor = (parameters[key] for key in ("gate", "c_max", "anchor"))
+        roles = {"linear", "stack"}
+        roles |= {"embedding"} if parameters["include_embeddings"] else set()
+        roles |= {"convolution"} if parameters["rotate_conv"] else set()
+        return cls(
+            mode=mode,
+            variant=parameters["variant"],
+            residual=residual,
+            gate=robust if gate is None else gate == "auto",
+            margin=parameters["margin"],
+            strength=parameters["strength"],
+            correction=parameters["correction"],
+            c_max=(3 * math.sqrt(models) if robust else math.inf) if c_max is None else c_max,
+            zero_guard=parameters["zero_guard"],
+            anchor=_ANCHORS[mode] if anchor is None else anchor,
+            block=parameters["block"] or None,
+            chart=parameters["chart"],
+            roles=frozenset(roles),
+        )
+
+
+@dataclass
+class Decoupled:
+    """What one layer's updates were split into.
+
+    Args:
+        fits: Each model's rotation; None where the gate or a zero update left it out.
+        residuals: What is left of each model, W_i - W_0 R_i.
+        facts: Per model, how well the rotation fitted.
+    """
+
+    fits: list[ProcrustesFit | None] = field(default_factory=list)
+    residuals: list[Tensor] = field(default_factory=list)
+    facts: list[dict[str, Any]] = field(default_factory=list)
+
+
+def merge_decoupled(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    settings: Settings,
+    role: str,
+    survey: Any = None,
+) -> Merged:
+    """Merge one layer: rotations in the Lie algebra, residuals by the nested method."""
+    if not any(bool(delta.any()) for delta in deltas):
+        return Merged(base.clone())
+    if role == "stack" and role in settings.roles:
+        return _merge_stack(base, deltas, weights, settings, survey)
+    split = decouple(base, deltas, settings, role)
+    rotated, merge = _rotate(base, split.fits, weights, settings)
+    nested = {"weights": weights, "role": role, "survey": survey}
+    tensor = run_nested(settings.residual, rotated, split.residuals, **nested)
+    facts: dict[str, Any] = {"models": split.facts} if split.facts else {}
+    if merge is not None:
+        moved = torch.linalg.vector_norm(rotated - base) / torch.linalg.vector_norm(base)
+        facts |= {"correction": merge.factors, "merged_norm": merge.merged_norm}
+        facts |= {"capped": merge.capped, "zeroed": merge.zeroed, "moved": float(moved)}
+    return Merged(tensor, facts)
+
+
+def _merge_stack(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    weights: Sequence[float],
+    settings: Settings,
+    survey: Any,
+) -> Merged:
+    """Merge the matrices of a stack of experts one by one."""
+    parts = [
+        merge_decoupled(W0, [d[at] for d in deltas], weights, settings, "linear", survey)
+        for at, W0 in enumerate(base)
+    ]
+    return Merged(torch.stack([p.tensor for p in parts]), {"stack": [dict(p.facts) for p in parts]})
+
+
+def decouple(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    settings: Settings,
+    role: str,
+    *,
+    only: int | None = None,
+) -> Decoupled:
+    """Split each model's update into a rotation of the base and what is left.
+
+    Args:
+        base: W_0, any shape.
+        deltas: D_i, of its shape.
+        settings: The method's settings.
+        role: What the tensor is; those the settings do not rotate are left as they are.
+        only: Split this model's update alone.
+    """
+    chosen = range(len(deltas)) if only is None else [only]
+    if role not in settings.roles or not bool(base.any()):
+        return Decoupled([None] * len(chosen), [deltas[at] for at in chosen])
+    W0 = base.reshape(base.shape[0], -1)
+    flat = [delta.reshape(W0.shape) for delta in deltas]
+    mean = sum(flat[1:], flat[0]) / len(flat) if settings.variant == "conflict-aware" else None
+    split = Decoupled()
+    for at in chosen:
+        fit, residual, facts = _split_one(W0, flat[at], mean, settings)
+        split.fits.append(fit)
+        split.residuals.append(residual.reshape(base.shape))
+        split.facts.append(facts)
+    return split
+
+
+def _split_one(
+    W0: Tensor, delta: Tensor, mean: Tensor | None, settings: Settings
+) -> tuple[ProcrustesFit | None, Tensor, dict[str, Any]]:
+    """Return (rotation or None, residual, facts) of one model."""
+    rows, columns = W0.shape
+    target = delta
+    facts: dict[str, Any] = {"rotated": False}
+    if mean is not None:
+        opposed = (delta * mean).sum(dim=1) < 0
+        rows = facts["conflict_rows"] = int(opposed.sum())
+        target = torch.where(opposed[:, None], delta, 0.0)
+    size = float(torch.linalg.vector_norm(target))
+    if size == 0.0:
+        return None, delta, facts
+    fit = procrustes_right(
+        W0,
+        W0 + target,
+        anchor=settings.anchor,
+        block=settings.block,
+        null="svd" if settings.mode == "reproduce" else "identity",
+    )
+    share = fit.residual / size
+    noise = residual_noise_baseline(rows, settings.block or columns)
+    facts |= {"residual_fraction": share, "noise_level": noise, "retries": fit.retries}
+    if settings.gate and share >= (1 - settings.margin) * noise:
+        return None, delta, facts
+    facts["rotated"] = True
+    return fit, (W0 - fit.apply(W0)) + delta, facts
+
+
+def _rotate(
+    base: Tensor,
+    fits: Sequence[ProcrustesFit | None],
+    weights: Sequence[float],
+    settings: Settings,
+) -> tuple[Tensor, AlgebraMerge | None]:
+    """Return W_0 R with R the merged rotation; W_0 itself where nothing rotates."""
+    if not any(fits):
+        return base, None
+    total = math.fsum(weights)
+    algebra = AlgebraSum()
+    for fit, weight in zip(fits, weights, strict=True):
+        if fit is not None:
+            algebra.add(fit.generator(settings.chart), weight / total)
+    A, merge = algebra.merged(
+        strength=settings.strength,
+        correction=settings.correction,
+        c_max=settings.c_max,
+        zero_guard=settings.zero_guard,
+    )
+    W0 = base.reshape(base.shape[0], -1).to(A.dtype)
+    rotated = _apply_exp(W0, A) if settings.chart == "log" else apply_cayley(W0, A)
+    return rotated.reshape(base.shape).to(base.dtype), merge
+
+
+def _apply_exp(W0: Tensor, L: Tensor) -> Tensor:
+    R = exp_so(L)
+    if R.ndim == 2:
+        return W0 @ R
+    from orthomerge.linalg.blocks import rotate_columns
+
+    return rotate_columns(W0, R)

@@ -1,0 +1,126 @@
+"""OrthoMerge for any expert: rotate together what is rotation, merge the rest as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from orthomerge.merging.parameters import Between, NestedMethod
+from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orthomerge.merging.decoupling import Settings
+
+__all__ = ["orthomerge_decoupled"]
+
+
+def _workspace(shape: tuple[int, ...], models: int) -> int:
+    """Return the float32 elements held: residuals, six n x n matrices, the nested method's own."""
+    from orthomerge.merging.methods.tsv_m import workspace
+
+    rows, columns = shape[0], math.prod(shape[1:])
+    return models * rows * columns + 6 * columns**2 + workspace(shape, models)
+
+
+def _residual(
+    base: Tensor, deltas: Sequence[Tensor], model: int, *, role: str, **parameters: Any
+) -> Tensor:
+    """Return what one model leaves to the residual method, for its survey of the whole model."""
+    from orthomerge.merging.decoupling import decouple
+
+    settings = _settings(parameters, len(deltas))
+    return decouple(base, deltas, settings, role, only=model).residuals[0]
+
+
+@merge_method(
+    "orthomerge-decoupled",
+    space=Space.DELTA,
+    reference="arXiv:2602.05943",
+    laws=("permutation",),
+    negative_weights=False,
+    divides_by_weight_sum=True,
+    whole=True,
+    workspace=_workspace,
+    residual=_residual,
+)
+def orthomerge_decoupled(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    role: str = "linear",
+    survey: Any = None,
+    mode: Literal["robust", "faithful", "reproduce"] = "robust",
+    variant: Literal["global", "conflict-aware"] = "global",
+    residual: NestedMethod = None,
+    gate: Literal["auto", "off"] | None = None,
+    margin: Annotated[float, Between(0, 1)] = 0.1,
+    strength: float = 1.0,
+    correction: Literal["layer", "block", "none"] = "layer",
+    c_max: Annotated[float | None, Between(1)] = None,
+    zero_guard: Annotated[float, Between(0, 0.5)] = 1e-6,
+    anchor: Annotated[float | None, Between(0)] = None,
+    block: Annotated[int, Between(0)] = 0,
+    chart: Literal["cayley", "log"] = "cayley",
+    include_embeddings: bool = True,
+    rotate_conv: bool = False,
+) -> Merged:
+    """Split each update into a rotation and a residual, merge each where it lives.
+
+    Per weight matrix W_0 [o, n]: ``R_i = argmin_R ‖W_0 R - X_i‖² + ρ ‖W_0‖²/n ‖R - I‖²`` over SO(n)
+    with X_i = W_i (variant global) or W_0 plus those rows of D_i that oppose the mean update
+    (conflict-aware); ``A_i = Cayley⁻¹(R_i)``; A merged with magnitude correction as OFT adapters
+    are; ``W = W_0 R + F(W_1 - W_0 R_1, …, W_T - W_0 R_T)`` with F the residual method. The gate
+    leaves R_i = I where the rotation explains no more of D_i than it would of noise:
+    ``‖W_i - W_0 R_i‖ >= (1 - margin) · b · ‖D_i‖``, b = √(1 - n/2o) or, for o < n, √(o/2n). Where
+    no model passes, the result is the residual method's, bit for bit.
+
+    Args:
+        base: W_0.
+        deltas: D_i = W_i - W_0, one per model.
+        weights: w_i >= 0, one per model; for the rotations they are divided by their sum.
+        role: What the tensor is in the model: only weight matrices are rotated.
+        survey: The residual method's survey of the whole model.
+        mode: Decides what is left null: robust (anchor 1e-3, c_max 3√T, gate auto, residual
+            tsv-m), faithful (the paper: anchor 1e-6, no c_max, no gate, residuals averaged), or
+            reproduce (as its code: anchor 0, arbitrary null space and reflections, the rest as
+            faithful).
+        variant: What a rotation is fitted to: the whole update, or the rows in conflict.
+        residual: F, with its parameters; any method of task vectors.
+        gate: auto rotates a layer only where its update is rotational; off always rotates.
+        margin: How far below the level of noise the residual must be.
+        strength: g, multiplies the merged generator.
+        correction: One magnitude correction per layer (the paper), one per block, or none.
+        c_max: Largest correction.
+        zero_guard: Relative size of the mean generator below which the models cancel.
+        anchor: ρ, pulls rotations to the identity where the weights do not determine them.
+        block: Rotate blocks of this many inputs by themselves; 0 rotates all together.
+        chart: Where rotations are averaged: Cayley (the paper) or the logarithm.
+        include_embeddings: Rotate embeddings and output heads, too.
+        rotate_conv: Rotate convolution kernels, seen as [out, in · kh · kw].
+
+    Returns:
+        The merged weight, and per model what was rotated and how well it fitted.
+
+    References:
+        Orthogonal Model Merging, arXiv:2602.05943: orthogonal-residual decoupling.
+    """
+    from orthomerge.merging.decoupling import merge_decoupled
+
+    parameters = dict(
+        mode=mode, variant=variant, residual=residual, gate=gate, margin=margin, strength=strength,
+        correction=correction, c_max=c_max, zero_guard=zero_guard, anchor=anchor, block=block,
+        chart=chart, include_embeddings=include_embeddings, rotate_conv=rotate_conv,
+    )  # fmt: skip
+    settings = _settings(parameters, len(deltas))
+    return merge_decoupled(base, deltas, weights, settings, role, survey)
+
+
+def _settings(parameters: dict[str, Any], models: int) -> Settings:
+    from orthomerge.merging.decoupling import Settings
+
+    return Settings.of(parameters, models)

@@ -1,0 +1,96 @@
+"""Task singular vectors, decorrelated and summed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from orthomerge.merging.registry import merge_method
+from orthomerge.merging.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["tsv_m"]
+
+
+def workspace(shape: tuple[int, ...], models: int) -> int:
+    """Return the float32 elements held: fp64 Gram matrix, vectors, and both frames per model."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    short = min(rows, columns)
+    return 2 * (3 * short**2 + 4 * rows * columns // max(1, models) + 2 * (rows + columns) * short)
+
+
+@merge_method(
+    "tsv-m",
+    space=Space.DELTA,
+    reference="arXiv:2412.00081",
+    laws=("identity", "permutation", "scale-equivariance"),
+    whole=True,
+    workspace=workspace,
+)
+def tsv_m(
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    role: str = "linear",
+    scale: float = 1.0,
+) -> Tensor:
+    """Keep each task's leading singular directions, make them orthogonal, add them up.
+
+    For matrices: ``D_i ≈ U_i S_i V_i^T`` with the r = max(1, ⌊min(o, n) / T⌋) largest singular
+    values; ``U = polar([U_1 … U_T])``, ``V`` likewise, and
+    ``W = W_0 + λ U blkdiag(w_i S_i) V^T``. Other tensors: ``W_0 + λ Σ w_i D_i / T``. Convolution
+    kernels are seen as [out, in · kh · kw], a stack of experts' matrices one by one.
+
+    Args:
+        base: W_0.
+        deltas: D_i = W_i - W_0, one per model.
+        weights: w_i, one per model.
+        role: What the tensor is in the model.
+        scale: λ, multiplies the whole update.
+
+    Returns:
+        The merged weight.
+
+    References:
+        Gargiulo et al., Task Singular Vectors, arXiv:2412.00081, §4.2.
+
+    Example:
+        >>> import torch
+        >>> deltas = [torch.diag(torch.tensor([2.0, 0.0])), torch.diag(torch.tensor([0.0, 1.0]))]
+        >>> tsv_m(torch.zeros(2, 2), deltas, weights=[1.0, 1.0])
+        tensor([[2., 0.],
+                [0., 1.]])
+    """
+    import torch
+
+    if role == "other" or base.ndim < 2:
+        total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(base))
+        return base + total * (scale / len(deltas))
+    if role == "stack":
+        slices = [_update([d[i] for d in deltas], weights) for i in range(base.shape[0])]
+        update = torch.stack(slices)
+    else:
+        update = _update([d.reshape(base.shape[0], -1) for d in deltas], weights)
+    return base + scale * update.reshape(base.shape).to(base.dtype)
+
+
+def _update(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return ``U blkdiag(w_i S_i) V^T`` in float64; the deltas are matrices."""
+    import torch
+
+    from orthomerge.linalg.lowrank import leading_directions, orthonormal_frame
+
+    if len(deltas) == 1:  # nothing is cut off and nothing interferes
+        return weights[0] * deltas[0].double()
+    rank = max(1, min(deltas[0].shape) // len(deltas))
+    parts = [leading_directions(delta, rank) for delta in deltas]
+    S = torch.cat([w * s for w, (_, s, _) in zip(weights, parts, strict=True)])
+    if not len(S):
+        return torch.zeros_like(deltas[0], dtype=torch.float64)
+    U = orthonormal_frame([u for u, _, _ in parts])
+    V = orthonormal_frame([v for _, _, v in parts])
+    return (U * S) @ V.mT

@@ -1,0 +1,71 @@
+"""A method inside a method: the value of a parameter that names another method.
+
+Checks the name and its parameters and fills in the defaults; running it is the outer method's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from orthomerge.errors import RecipeError, UnknownNameError
+from orthomerge.merging.registry import all_methods, get_method
+from orthomerge.merging.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["nested_method", "run_nested"]
+
+
+def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"method": name, parameter: value, ...}`` with every parameter filled in.
+
+    Raises:
+        UnknownNameError: No such method, or no such parameter of it.
+        RecipeError: The method does not merge task vectors, or a value is out of range.
+    """
+    method = get_method(value["method"])
+    legal = [m.name for m in all_methods().values() if m.space is Space.DELTA and not m.nests]
+    if method.name not in legal:
+        raise RecipeError(
+            f"parameter '{parameter}' needs a method that merges task vectors",
+            expected=" | ".join(legal),
+            found=method.name,
+        )
+    given = {key: item for key, item in value.items() if key != "method"}
+    for key in given:
+        if key not in method.parameters:
+            raise UnknownNameError(f"parameter of {method.name}", key, method.parameters)
+    filled = {key: p.check(given.get(key, p.default)) for key, p in method.parameters.items()}
+    return {"method": method.name, **filled}
+
+
+def run_nested(
+    choice: Mapping[str, Any],
+    base: Tensor,
+    deltas: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    role: str,
+    survey: Any = None,
+) -> Tensor:
+    """Merge whole tensors with the method a nested parameter names.
+
+    Args:
+        choice: From ``nested_method``.
+        base: What the update is added to.
+        deltas: One tensor per model, of the base's shape.
+        weights: One per model.
+        role: What the tensor is in the model.
+        survey: The method's survey of the whole model; None to look at these tensors alone.
+    """
+    from orthomerge.merging.streams import HeldStream
+
+    method = get_method(choice["method"])
+    arguments = {key: item for key, item in choice.items() if key != "method"}
+    if method.survey is not None and survey is None:
+        streams = [HeldStream(delta) for delta in deltas]
+        survey = method.survey(streams, weights=weights, **arguments)
+    merged = method.call(base, deltas, weights=weights, survey=survey, role=role, **arguments)
+    return merged.tensor

@@ -1,0 +1,53 @@
+"""One strength for every method: the size of the whole update, relative to the sum of all updates.
+
+With ``U`` a method's total update and ``D_i`` the models' changes, all taken over every merged
+tensor, a norm-matched strength a gives ``W_0 + a · ‖Σ D_i‖ / ‖U‖ · U``: the same a then means the
+same distance from the base for every method.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from orthomerge.errors import NumericalError
+
+__all__ = ["UpdateNorms"]
+
+
+class UpdateNorms:
+    """Sums of squares of the update and of the plain sum of changes; any thread may add."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._update = self._sum = 0.0
+
+    def add(self, update: Tensor, deltas: Sequence[Tensor]) -> None:
+        """Count one piece in."""
+        total = sum(deltas[1:], deltas[0])
+        squares = [
+            torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
+            for values in (update, total)
+        ]
+        with self._lock:
+            self._update += squares[0]
+            self._sum += squares[1]
+
+    def factor(self, strength: float) -> float:
+        """Return what the update is multiplied by for a norm-matched strength.
+
+        Raises:
+            NumericalError: The method's update is zero although the models changed.
+        """
+        if self._sum == 0.0:
+            return 1.0
+        if self._update == 0.0:
+            raise NumericalError(
+                "the merged update is zero, so it cannot be scaled to a norm-matched strength",
+                remedy="Leave norm_matched out, or change the method's parameters.",
+            )
+        return strength * math.sqrt(self._sum / self._update)
