@@ -31,7 +31,7 @@ __all__ = [
     "weight_sum_problem",
 ]
 
-_CPU_PIECE = 1 << 17  # 512 KiB in fp32: inputs, base and temporaries stay in the cache
+_CPU_PIECE = 1 << 18  # 1 MiB in fp32: near the cache, and few enough to leave Python behind
 _GPU_PIECE = 1 << 24
 
 
