@@ -10,41 +10,81 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orthomerge.linalg.aligned_means import ProcrustesMeanReport, procrustes_mean
     from orthomerge.linalg.blocks import align_blocks, regroup_blocks, rotate_columns
     from orthomerge.linalg.checks import frobenius, orthogonality, require_finite, skewness
-    from orthomerge.linalg.means import AlgebraMerge, Correction, merge_algebra
+    from orthomerge.linalg.energy import EnergyReport, hyperspherical_energy
+    from orthomerge.linalg.logarithms import (
+        cayley_angles,
+        cayley_from_log,
+        exp_so,
+        log_from_cayley,
+        log_so,
+        rotation_angles,
+    )
+    from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction, merge_algebra
+    from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.precision import full_precision
+    from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
     from orthomerge.linalg.rotations import cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
 
 __all__ = [
     "AlgebraMerge",
+    "AlgebraSum",
     "Correction",
+    "EnergyReport",
+    "KarcherReport",
+    "PlanesReport",
+    "ProcrustesMeanReport",
     "align_blocks",
     "block_size",
     "cayley",
+    "cayley_angles",
+    "cayley_from_log",
     "cayley_neumann",
+    "exp_so",
     "frobenius",
     "full_precision",
+    "hyperspherical_energy",
     "inverse_cayley",
+    "karcher_mean",
+    "log_from_cayley",
+    "log_so",
     "merge_algebra",
+    "merge_planes",
     "orthogonality",
     "pack_skew",
     "packed_width",
+    "plane_count",
+    "procrustes_mean",
     "regroup_blocks",
     "require_finite",
     "rotate_columns",
+    "rotation_angles",
     "skewness",
     "unpack_skew",
 ]
 
 # No module may carry the name of a function it exports: importing it would replace the function.
 _MODULES = {
+    "aligned_means": ("ProcrustesMeanReport", "procrustes_mean"),
     "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
     "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),
-    "means": ("AlgebraMerge", "Correction", "merge_algebra"),
+    "energy": ("EnergyReport", "hyperspherical_energy"),
+    "logarithms": (
+        "cayley_angles",
+        "cayley_from_log",
+        "exp_so",
+        "log_from_cayley",
+        "log_so",
+        "rotation_angles",
+    ),
+    "means": ("AlgebraMerge", "AlgebraSum", "Correction", "merge_algebra"),
+    "planes": ("PlanesReport", "merge_planes", "plane_count"),
     "precision": ("full_precision",),
+    "rotation_means": ("KarcherReport", "karcher_mean"),
     "rotations": ("cayley", "cayley_neumann", "inverse_cayley"),
     "skew": ("pack_skew", "unpack_skew"),
     "triangular": ("block_size", "packed_width"),

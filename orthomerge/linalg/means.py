@@ -6,7 +6,7 @@ Which layers are merged, and what the matrices came from, is decided elsewhere.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -16,9 +16,10 @@ from orthomerge.errors import NumericalError, UnknownNameError
 from orthomerge.linalg.checks import frobenius, require_finite
 from orthomerge.linalg.precision import working_dtype
 
-__all__ = ["AlgebraMerge", "Correction", "merge_algebra"]
+__all__ = ["AlgebraMerge", "AlgebraSum", "Correction", "merge_algebra"]
 
 Correction = Literal["layer", "block", "none"]
+_ROUNDING = 1e-13  # weights that sum to 1 this nearly are shares already
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +45,83 @@ class AlgebraMerge:
     capped: int = 0
 
 
+class AlgebraSum:
+    """A weighted sum of skew-symmetric matrices that are seen one at a time.
+
+    Holds ``S = sum_i w_i A_i`` and the norms ``||A_i||_F``; no input is kept. ``merged`` makes the
+    magnitude-corrected mean of what was added so far, as ``merge_algebra`` describes it.
+
+    >>> total = AlgebraSum()
+    >>> total.add(torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), 2.0)
+    >>> total.merged()[0]
+    tensor([[ 0.,  1.],
+            [-1.,  0.]])
+    """
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+        self._norms: list[torch.Tensor] = []
+        self._weights: list[float] = []
+
+    def add(self, A: torch.Tensor, weight: float = 1.0) -> None:
+        """Add one matrix; A [nb, b, b] or [n, n], the same shape every time.
+
+        Args:
+            A: The matrix. Half precision is lifted to float32; it is not changed.
+            weight: Its weight, not negative. The sum of all weights is divided out at the end.
+
+        Raises:
+            NumericalError: A bad weight, another shape, or a matrix that is not finite.
+        """
+        _check_weights([weight])
+        X = require_finite(A.to(working_dtype(A)), "an input of the merge")
+        if self._sum is None:
+            self._sum = torch.zeros_like(X)
+        elif self._sum.shape != X.shape:
+            raise NumericalError(
+                "the inputs of a merge differ in shape",
+                expected=tuple(self._sum.shape),
+                found=tuple(X.shape),
+            )
+        dtype = torch.promote_types(self._sum.dtype, X.dtype)
+        self._sum = self._sum.to(dtype).add_(X.to(dtype), alpha=float(weight))
+        self._norms.append(_block_norms(X[None])[0])
+        self._weights.append(float(weight))
+
+    def merged(
+        self,
+        strength: float = 1.0,
+        correction: Correction = "layer",
+        c_max: float = math.inf,
+        zero_guard: float = 1e-6,
+    ) -> tuple[torch.Tensor, AlgebraMerge]:
+        """Return the corrected mean of what was added, and the numbers behind it.
+
+        The arguments and errors are those of ``merge_algebra``; nothing added, or only with
+        weight 0, is an error too. More can be added afterwards.
+        """
+        _check_correction(correction)
+        _check_settings(strength, c_max, zero_guard)
+        shares, total = _shares(self._weights)
+        if self._sum is None:  # no weights either, which _shares has refused
+            raise NumericalError("nothing was added to the sum")
+        input_norms, sum_norms = torch.stack(self._norms), _block_norms(self._sum[None])[0] / total
+        norms = torch.linalg.vector_norm(input_norms, dim=-1)
+        sum_norm = torch.linalg.vector_norm(sum_norms)[None]
+        by_layer = (norms[:, None], sum_norm)
+        inputs, sums = (input_norms, sum_norms) if correction == "block" else by_layer
+        if correction == "none":
+            factors, zeroed, capped = torch.ones(1, dtype=torch.float64), 0, 0
+        else:
+            factors, zeroed, capped = _factors(inputs, sums, shares, c_max, zero_guard)
+        merged = self._sum * _spread(strength * factors / total, self._sum)
+        merged_norm = torch.linalg.vector_norm(_block_norms(merged[None]))
+        found = tuple(factors.tolist()), tuple(norms.tolist()), float(sum_norm), float(merged_norm)
+        return merged, AlgebraMerge(correction, *found, zeroed, capped)
+
+
 def merge_algebra(
-    As: torch.Tensor,
+    As: torch.Tensor | Iterable[torch.Tensor],
     weights: Sequence[float] | torch.Tensor,
     strength: float = 1.0,
     correction: Correction = "layer",
@@ -59,7 +135,8 @@ def merge_algebra(
     As [T, nb, b, b] or [T, n, n] -> [nb, b, b] or [n, n].
 
     Args:
-        As: The T inputs, stacked. Half precision is lifted to float32.
+        As: The T inputs, stacked, or anything that yields them one by one; then only the sum
+            is held. Half precision is lifted to float32.
         weights: T weights w_i >= 0, normalised to sum 1 here.
         strength: The factor g on the result.
         correction: Over what the norms are taken: "layer", one factor per call, as in the paper;
@@ -83,27 +160,16 @@ def merge_algebra(
     >>> merge_algebra(torch.stack([A, 3 * A]), [1, 1])[1].factors
     (1.0,)
     """
-    if correction not in get_args(Correction):
-        raise UnknownNameError("correction", correction, get_args(Correction))
+    _check_correction(correction)
     _check_settings(strength, c_max, zero_guard)
-    shares = _normalised(weights, As.shape[0])
-    X = require_finite(As.to(working_dtype(As)), "an input of the merge")
-    S = torch.zeros_like(X[0])
-    for A, share in zip(X, shares, strict=True):
-        S.add_(A, alpha=share)
-
-    input_norms, sum_norms = _block_norms(X), _block_norms(S[None])[0]
-    norms = torch.linalg.vector_norm(input_norms, dim=-1)
-    sum_norm = torch.linalg.vector_norm(sum_norms)[None]
-    inputs, sums = (input_norms, sum_norms) if correction == "block" else (norms[:, None], sum_norm)
-    if correction == "none":
-        factors, zeroed, capped = torch.ones(1, dtype=torch.float64), 0, 0
-    else:
-        factors, zeroed, capped = _factors(inputs, sums, shares, c_max, zero_guard)
-    merged = S * _spread(strength * factors, S)
-    merged_norm = torch.linalg.vector_norm(_block_norms(merged[None]))
-    found = tuple(factors.tolist()), tuple(norms.tolist()), float(sum_norm), float(merged_norm)
-    return merged, AlgebraMerge(correction, *found, zeroed, capped)
+    shares, _ = _shares([float(weight) for weight in weights])
+    total, count = AlgebraSum(), 0
+    for count, A in enumerate(As, 1):
+        if count <= len(shares):
+            total.add(A, shares[count - 1])
+    if count != len(shares):
+        raise NumericalError("one weight per input is needed", expected=count, found=len(shares))
+    return total.merged(strength, correction, c_max, zero_guard)
 
 
 def _factors(
@@ -132,18 +198,29 @@ def _block_norms(X: torch.Tensor) -> torch.Tensor:
     return frobenius(X).reshape(X.shape[0], -1).cpu()
 
 
-def _normalised(weights: Sequence[float] | torch.Tensor, count: int) -> list[float]:
-    values = [float(weight) for weight in weights]
-    if len(values) != count:
-        raise NumericalError("one weight per input is needed", expected=count, found=len(values))
-    if not all(math.isfinite(value) and value >= 0 for value in values) or sum(values) <= 0:
+def _shares(weights: Sequence[float]) -> tuple[list[float], float]:
+    """Return the weights as shares of their sum, and the sum; shares are left as they are."""
+    _check_weights(weights)
+    total = math.fsum(weights)
+    if total <= 0:
+        raise NumericalError("weights must not all be zero", found=list(weights))
+    if abs(total - 1) < _ROUNDING:
+        return list(weights), 1.0
+    return [weight / total for weight in weights], total
+
+
+def _check_weights(weights: Sequence[float]) -> None:
+    if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise NumericalError(
-            "weights must be finite, not negative, and not all zero",
-            found=values,
+            "weights must be finite and not negative",
+            found=list(weights),
             remedy="A norm-preserving mean has no negative weights; negate the input instead.",
         )
-    total = math.fsum(values)
-    return [value / total for value in values]
+
+
+def _check_correction(correction: str) -> None:
+    if correction not in get_args(Correction):
+        raise UnknownNameError("correction", correction, get_args(Correction))
 
 
 def _check_settings(strength: float, c_max: float, zero_guard: float) -> None:
