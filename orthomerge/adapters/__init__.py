@@ -1,40 +1,65 @@
-"""What PEFT adapter files mean: configs, names, OFT in every supported format, and the way out.
+"""What PEFT adapter files mean: configs, names, LoRA, OFT, BOFT, HRA, and the way out.
 
 Importing this room imports neither torch nor PEFT; functions that need tensors import torch.
 """
 
+from orthomerge.adapters.boft import BoftAdapter
 from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from orthomerge.adapters.convention import EXACT, Kind, OftConvention
-from orthomerge.adapters.effective import BackMap, apply_rotation, rotation
+from orthomerge.adapters.effective import (
+    BackMap,
+    apply_left_rotation,
+    apply_rotation,
+    rotation,
+)
 from orthomerge.adapters.export import (
     MergedModule,
     common_convention,
     merged_oft_config,
     stored_from_canonical,
 )
+from orthomerge.adapters.hra import HraAdapter
 from orthomerge.adapters.keys import PREFIX, base_tensor_name, base_weight_name, strip_prefix
-from orthomerge.adapters.oft import OftAdapter, OftModule, TensorSource, oft_key
+from orthomerge.adapters.lora import LoraAdapter, LoraModule
+from orthomerge.adapters.lora_export import lora_config, lora_key, lora_tensors
+from orthomerge.adapters.negation import negated
+from orthomerge.adapters.oft import OftAdapter, oft_key
+from orthomerge.adapters.rotated import OftModule, RotationAdapter, TensorSource
 from orthomerge.adapters.sizes import adjusted_divisor, common_setting
+from orthomerge.adapters.updates import AdapterUpdates, WeightUpdate, adapter_updates
 
 __all__ = [
     "CONFIG_NAME",
     "EXACT",
     "PREFIX",
     "AdapterConfig",
+    "AdapterUpdates",
     "BackMap",
+    "BoftAdapter",
+    "HraAdapter",
     "Kind",
+    "LoraAdapter",
+    "LoraModule",
     "MergedModule",
     "OftAdapter",
     "OftConvention",
     "OftModule",
+    "RotationAdapter",
     "TensorSource",
+    "WeightUpdate",
+    "adapter_updates",
     "adjusted_divisor",
+    "apply_left_rotation",
     "apply_rotation",
     "base_tensor_name",
     "base_weight_name",
     "common_convention",
     "common_setting",
+    "lora_config",
+    "lora_key",
+    "lora_tensors",
     "merged_oft_config",
+    "negated",
     "oft_key",
     "read_adapter_config",
     "rotation",

@@ -5,14 +5,14 @@ Decides what is written, not how: tensors go through the checkpoint writer, unde
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orthomerge.adapters.convention import Kind, OftConvention, canonical_sign
-from orthomerge.adapters.oft import OftAdapter
+from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.adapters.sizes import common_setting
+from orthomerge.adapters.targets import exact_targets, matched_modules
 from orthomerge.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class MergedModule:
     shared: bool = False
 
 
-def common_convention(adapters: Sequence[OftAdapter]) -> OftConvention | None:
+def common_convention(adapters: Sequence[RotationAdapter]) -> OftConvention | None:
     """Return the convention all adapters share, if PEFT >= 0.18 can express it.
 
     None when they disagree, and when they use the series of PEFT 0.16 and 0.17, which later
@@ -94,7 +94,7 @@ def stored_from_canonical(A: torch.Tensor, kind: Kind, convention: OftConvention
 
 
 def merged_oft_config(
-    adapters: Sequence[OftAdapter],
+    adapters: Sequence[RotationAdapter],
     convention: OftConvention,
     modules: Mapping[str, MergedModule],
     base_modules: Collection[str] = (),
@@ -133,7 +133,7 @@ def merged_oft_config(
     )
     embeds = any(module.kind == "embedding" for module in modules.values())
     first = adapters[0].config.values
-    biases = [str(one.config.values.get("bias") or "none") for one in adapters]
+    biases = [_bias(one) for one in adapters]
     return {
         **_FIXED,
         "auto_mapping": _agreed(adapters, "auto_mapping"),
@@ -153,7 +153,7 @@ def merged_oft_config(
 
 
 def _targets(
-    adapters: Sequence[OftAdapter],
+    adapters: Sequence[RotationAdapter],
     modules: Mapping[str, MergedModule],
     base_modules: Collection[str],
 ) -> list[str] | str:
@@ -166,28 +166,18 @@ def _targets(
     if everything == set(modules) and all(_plain_targets(one) for one in adapters):
         names = sorted({name for one in adapters for name in one.config.names("target_modules")})
         # Another base may have more modules of these names than the adapters were trained on.
-        if _matched(names, base_modules) <= set(modules):
+        if matched_modules(names, base_modules) <= set(modules):
             return names
-    paths = sorted(modules)
-    if _matched(paths, base_modules) <= set(modules):
-        return paths
-    # PEFT matches list entries as suffixes, but a string as a regular expression in full.
-    return "|".join(re.escape(path) for path in paths)
+    return exact_targets(modules, base_modules)
 
 
-def _plain_targets(adapter: OftAdapter) -> bool:
+def _plain_targets(adapter: RotationAdapter) -> bool:
     values = adapter.config.values
     narrowed = any(
         values.get(key) not in (None, [], "")
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
     )
     return isinstance(values.get("target_modules"), list) and not narrowed
-
-
-def _matched(names: Sequence[str], base_modules: Collection[str]) -> set[str]:
-    """Return the modules that PEFT's list matching would pick."""
-    exact, suffixes = set(names), tuple(f".{name}" for name in names)
-    return {path for path in base_modules if path in exact or path.endswith(suffixes)}
 
 
 def _refuse_saved_targets(modules: Mapping[str, MergedModule], saved: Sequence[str]) -> None:
@@ -209,9 +199,14 @@ def _refuse_legacy(convention: OftConvention) -> None:
         )
 
 
-def _agreed(adapters: Sequence[OftAdapter], key: str) -> Any:
+def _agreed(adapters: Sequence[RotationAdapter], key: str) -> Any:
     values = [one.config.values.get(key) for one in adapters]
     return values[0] if all(value == values[0] for value in values) else None
+
+
+def _bias(adapter: RotationAdapter) -> str:
+    bias = str(adapter.config.values.get("bias") or "none")
+    return "oft_only" if bias.endswith("_only") else bias  # "boft_only" of BOFT, say
 
 
 def _bias_strength(bias: str) -> int:

@@ -1,4 +1,4 @@
-"""Recognise what a checkpoint is by its content: a full model, an OFT adapter, something else.
+"""Recognise what a checkpoint is by its content: a full model, or an adapter and of which kind.
 
 Only tensor names and adapter_config.json are looked at.
 """
@@ -8,8 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from orthomerge.adapters.boft import BoftAdapter
 from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
+from orthomerge.adapters.hra import HraAdapter
+from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.oft import OftAdapter
+from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.sources import CheckpointSource, open_checkpoint
 from orthomerge.errors import AdapterError
@@ -28,6 +32,15 @@ _ADAPTER_MARKS = {
 }
 
 
+# Kinds whose tensors carry the names of another kind.
+_NAMESAKES = {"LORA": ("ADALORA", "XLORA")}
+_ROTATIONS: dict[str, type[OftAdapter | BoftAdapter | HraAdapter]] = {
+    "OFT": OftAdapter,
+    "BOFT": BoftAdapter,
+    "HRA": HraAdapter,
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened checkpoint and what it is.
@@ -35,12 +48,19 @@ class Source:
     Args:
         checkpoint: Its tensors.
         kind: ``"full"``, ``"OFT"``, or another adapter's PEFT type.
-        oft: The parsed adapter, for OFT.
+        rotations: The parsed adapter, for OFT, BOFT and HRA.
+        lora: The parsed adapter, for LoRA.
     """
 
     checkpoint: Checkpoint
     kind: str
-    oft: OftAdapter | None = None
+    rotations: RotationAdapter | None = None
+    lora: LoraAdapter | None = None
+
+    @property
+    def oft(self) -> OftAdapter | None:
+        """The parsed adapter, for OFT."""
+        return self.rotations if isinstance(self.rotations, OftAdapter) else None
 
     @property
     def origin(self) -> str:
@@ -50,7 +70,10 @@ class Source:
     @property
     def description(self) -> str:
         """What it is, in words."""
-        return "full checkpoint" if self.kind == "full" else f"{self.kind} adapter"
+        if self.kind == "full":
+            return "full checkpoint"
+        parsed = self.rotations or self.lora
+        return f"{self.kind} adapter" if parsed is None else parsed.description
 
 
 def open_source(source: CheckpointSource) -> Source:
@@ -65,14 +88,18 @@ def open_source(source: CheckpointSource) -> Source:
     config = _adapter_config(checkpoint, marked)
     if config is None:
         return Source(checkpoint, "full")
-    if marked and config.peft_type != marked:
+    if marked and config.peft_type not in (marked, *_NAMESAKES.get(marked, ())):
         raise AdapterError(
             f"the config says {config.peft_type}, the tensors are those of {marked}",
             file=checkpoint.origin,
             remedy="Put the adapter_config.json that belongs to this adapter beside it.",
         )
-    oft = OftAdapter.from_checkpoint(checkpoint, config) if config.peft_type == "OFT" else None
-    return Source(checkpoint, config.peft_type, oft)
+    kind = config.peft_type
+    if kind in _ROTATIONS:
+        rotations = _ROTATIONS[kind].from_checkpoint(checkpoint, config)
+        return Source(checkpoint, kind, rotations=rotations)
+    lora = LoraAdapter.from_checkpoint(checkpoint, config) if kind == "LORA" else None
+    return Source(checkpoint, kind, lora=lora)
 
 
 def _marked_kind(checkpoint: Checkpoint) -> str | None:

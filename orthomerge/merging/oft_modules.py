@@ -1,4 +1,4 @@
-"""Bring the same OFT module of several adapters to one shape: common blocks, common sharing.
+"""Bring the same rotated module of several adapters to one shape: common blocks, common sharing.
 
 Headers only; the numbers follow in ``executors.rotation``.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from orthomerge.adapters.convention import Kind
 from orthomerge.adapters.export import MergedModule
-from orthomerge.adapters.oft import OftAdapter, OftModule
+from orthomerge.adapters.rotated import OftModule, RotationAdapter, Side
 from orthomerge.errors import AdapterError, OrthoMergeError
 from orthomerge.linalg.triangular import packed_width
 
@@ -28,6 +28,8 @@ class JoinedModule:
         num_blocks: Blocks to store; 1 if shared.
         block_size: Common block size: the adapters' least common multiple.
         shared: Every adapter that rotates it shares one block.
+        side: Side of the weight that the rotation acts on.
+        scaled: Whether an adapter also scales the output features.
         parts: The module in each adapter; None where it is not rotated.
     """
 
@@ -36,6 +38,8 @@ class JoinedModule:
     num_blocks: int
     block_size: int
     shared: bool
+    side: Side
+    scaled: bool
     parts: tuple[OftModule | None, ...]
 
     @property
@@ -55,7 +59,7 @@ class JoinedModule:
 
 
 def joined_modules(
-    adapters: Sequence[OftAdapter], problems: list[OrthoMergeError]
+    adapters: Sequence[RotationAdapter], problems: list[OrthoMergeError]
 ) -> dict[str, JoinedModule]:
     """Match the adapters' modules by name and settle their common block size."""
     names = list(dict.fromkeys(name for adapter in adapters for name in adapter.modules))
@@ -77,13 +81,21 @@ def join_module(name: str, parts: tuple[OftModule | None, ...]) -> JoinedModule:
         parts: The module in each adapter; None where it is not rotated.
 
     Raises:
-        AdapterError: The adapters disagree about its kind or width.
+        AdapterError: The adapters disagree about its kind, side or size.
     """
     present = [part for part in parts if part is not None]
+    if len({part.side for part in present}) > 1:
+        raise AdapterError(
+            "some adapters rotate its inputs, others (OFT of PEFT before 0.14) its outputs",
+            tensor=name,
+            found=", ".join(f"{part.layout} ({part.side} side)" for part in present),
+            remedy="Use --method orthomerge-decoupled with --base.",
+        )
     size = math.lcm(*(part.block_size for part in present))
     shared = all(part.shared for part in present)
     widths = {part.num_blocks * part.block_size for part in present if not part.shared}
-    if len({part.kind for part in present}) > 1 or len(widths) > 1:
+    rows = {part.rows for part in present if part.rows is not None}
+    if len({part.kind for part in present}) > 1 or len(widths) > 1 or len(rows) > 1:
         raise AdapterError(
             "the adapters disagree about this module",
             tensor=name,
@@ -100,4 +112,6 @@ def join_module(name: str, parts: tuple[OftModule | None, ...]) -> JoinedModule:
             remedy="Merge adapters of one block size.",
         )
     blocks = 1 if shared else width // size
-    return JoinedModule(name, present[0].kind, blocks, size, shared, parts)
+    scaled = any(part.scale_key is not None for part in present)
+    side = present[0].side
+    return JoinedModule(name, present[0].kind, blocks, size, shared, side, scaled, parts)

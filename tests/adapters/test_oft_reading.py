@@ -124,13 +124,14 @@ def test_impossible_conventions_are_refused(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "shape", "problem"),
     [
-        ("q.oft_r", (4, 8, 8), "PEFT before 0.16.*merge the full models"),
-        ("q.oft_s", (8, 1), "PEFT before 0.16"),
-        ("q.oft_R.default.weight", (2, 6), "no OFT parameter of a known layout"),
-        ("q.oft_Q.weight", (2, 6), "no OFT parameter of a known layout"),
-        ("q.lora_A.weight", (4, 8), r"lora_\* parameter"),
-        ("q.boft_R", (1, 2, 4, 4), r"boft_\* parameter"),
-        ("q.hra_u", (8, 4), r"hra_\* parameter"),
+        ("q.oft_r", (4, 8, 7), "not a list of square blocks"),
+        ("q.oft_r", (8, 8), "not a list of square blocks"),
+        ("q.oft_s", (8, 1), "scales a module that is not rotated"),
+        ("q.oft_R.default.weight", (2, 6), "no parameter of a known OFT layout"),
+        ("q.oft_Q.weight", (2, 6), "no parameter of a known OFT layout"),
+        ("q.lora_A.weight", (4, 8), "'lora_A' is no parameter of a known OFT layout"),
+        ("q.boft_R", (1, 2, 4, 4), "'boft_R' is no parameter"),
+        ("q.hra_u", (8, 4), "'hra_u' is no parameter"),
         ("q.oft_R.weight", (2, 7), "not packed skew blocks .*found 7"),
         ("q.oft_R.weight", (2, 4, 4), "not a list of packed blocks"),
         ("q.oft_R.weight", (0, 6), "not a list of packed blocks"),
@@ -167,9 +168,9 @@ def test_problems_are_reported_together_but_once_per_kind() -> None:
     with pytest.raises(ProblemsError) as caught:
         OftAdapter.from_checkpoint(source, config())
     assert [error.tensor for error in caught.value.problems] == [
-        PREFIX + "q.oft_R.weight",
         PREFIX + "v.lora_A.weight",
         "z.oft_R.weight",
+        PREFIX + "q.oft_R.weight",
     ]
 
 
@@ -247,7 +248,20 @@ def test_the_room_opens_without_heavy_imports() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config", "convention", "effective", "export", "keys", "oft", "sizes"]
+    "name",
+    [
+        "boft",
+        "config",
+        "convention",
+        "effective",
+        "export",
+        "keys",
+        "lora_export",
+        "lora_settings",
+        "oft",
+        "sizes",
+        "targets",
+    ],
 )
 def test_doctests(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"orthomerge.adapters.{name}"))

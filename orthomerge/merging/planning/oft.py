@@ -1,6 +1,7 @@
-"""Plan the merge of OFT adapters: into one adapter, or into a full checkpoint when a base is given.
+"""Plan the merge of adapters that rotate: into one adapter, or into a full checkpoint with a base.
 
-Headers only. A module that an adapter does not rotate takes part as the identity rotation.
+Headers only, but for the scales of an adapter that is to be written as one. A module that an
+adapter does not rotate takes part as the identity rotation.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from collections.abc import Sequence
 
 from orthomerge.adapters.convention import EXACT, OftConvention
 from orthomerge.adapters.export import merged_oft_config
-from orthomerge.adapters.keys import base_tensor_name, base_weight_name
-from orthomerge.adapters.oft import OftAdapter, oft_key
+from orthomerge.adapters.keys import base_tensor_name
+from orthomerge.adapters.oft import oft_key
+from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
-from orthomerge.checkpoints.folder import is_tied, read_config
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
+from orthomerge.errors import AdapterError, RecipeError
 from orthomerge.merging.oft_modules import JoinedModule, joined_modules
 from orthomerge.merging.plan import MergeRequest, Task, TaskKind
 from orthomerge.merging.planning.draft import (
@@ -31,6 +32,11 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.files import add_model_files
+from orthomerge.merging.planning.oft_targets import (
+    adapter_problems,
+    generator_problems,
+    match_targets,
+)
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
@@ -45,11 +51,12 @@ def draft_tasks(
 ) -> Draft:
     """Return the tasks of a merge of OFT adapters, with everything that is wrong with them."""
     draft = Draft(piece_elements=piece_elements(request), filename="adapter_model.safetensors")
-    adapters = [model.oft for model in models if model.oft is not None]
+    adapters = [model.rotations for model in models if model.rotations is not None]
     stored = base.checkpoint.tensors.values() if base else ()
     draft.compute_dtype = compute_dtype(request, [info.dtype for info in stored])
     draft.convention = _convention(request, adapters, base is not None, draft)
     modules = joined_modules(adapters, draft.problems)
+    draft.problems += generator_problems(adapters)
     _note_identities(modules, adapters, draft)
     if base is None:
         _draft_adapter(request, method, adapters, modules, draft)
@@ -59,7 +66,7 @@ def draft_tasks(
 
 
 def _convention(
-    request: MergeRequest, adapters: Sequence[OftAdapter], dense: bool, draft: Draft
+    request: MergeRequest, adapters: Sequence[RotationAdapter], dense: bool, draft: Draft
 ) -> OftConvention:
     """Return how the merged generator becomes a rotation.
 
@@ -87,7 +94,7 @@ def _convention(
 
 
 def _note_identities(
-    modules: dict[str, JoinedModule], adapters: Sequence[OftAdapter], draft: Draft
+    modules: dict[str, JoinedModule], adapters: Sequence[RotationAdapter], draft: Draft
 ) -> None:
     for position, adapter in enumerate(adapters):
         absent = [name for name, module in modules.items() if module.parts[position] is None]
@@ -101,11 +108,15 @@ def _note_identities(
 def _draft_adapter(
     request: MergeRequest,
     method: MergeMethod,
-    adapters: Sequence[OftAdapter],
+    adapters: Sequence[RotationAdapter],
     modules: dict[str, JoinedModule],
     draft: Draft,
 ) -> None:
     assert draft.convention is not None
+    inexpressible = adapter_problems(adapters, modules)
+    if inexpressible:
+        draft.problems += inexpressible
+        return
     layers = LayerMap.of([*modules, *_other_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for name, module in modules.items():
@@ -113,7 +124,7 @@ def _draft_adapter(
         dtype = dtype_from_name(request.dtype) if request.dtype else own
         info = TensorInfo(oft_key(name, module.kind), dtype, module.packed_shape)
         settings = resolve_settings(request, method, name, layers)
-        draft.tasks.append(_rotate_task(method, info, module, None, settings, draft))
+        draft.tasks.append(_rotate_task(method, info, module, adapters, None, settings, draft))
     for name in _other_names(adapters):
         stored = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += _other_task(request, method, stored, name, adapters, layers, draft)
@@ -133,13 +144,13 @@ def _draft_adapter(
 def _draft_full(
     request: MergeRequest,
     method: MergeMethod,
-    adapters: Sequence[OftAdapter],
+    adapters: Sequence[RotationAdapter],
     modules: dict[str, JoinedModule],
     base: Source,
     draft: Draft,
 ) -> None:
     tensors = base.checkpoint.tensors
-    targets = _match_targets(modules, base, draft)
+    targets = match_targets(modules, base, draft.problems)
     others: dict[str, str] = {}
     for name in _other_names(adapters):
         try:
@@ -162,76 +173,16 @@ def _draft_full(
         out = TensorInfo(name, dtype, info.shape)
         if name in targets:
             settings = resolve_settings(request, method, name, layers)
-            draft.tasks.append(_rotate_task(method, out, targets[name], info, settings, draft))
+            draft.tasks.append(
+                _rotate_task(method, out, targets[name], adapters, info, settings, draft)
+            )
         else:
             draft.tasks.append(_copy_task(out, (None,) * len(adapters), info))
     draft.filename = "model.safetensors"
     add_model_files(base, draft)
 
 
-def _match_targets(
-    modules: dict[str, JoinedModule], base: Source, draft: Draft
-) -> dict[str, JoinedModule]:
-    """Return the modules by the name of their weight in the base."""
-    tensors = base.checkpoint.tensors
-    targets: dict[str, JoinedModule] = {}
-    unmatched: list[OrthoMergeError] = []
-    for name, module in modules.items():
-        try:
-            weight = base_weight_name(name, tensors)
-        except AdapterError as error:
-            unmatched.append(error)
-            continue
-        targets[weight] = module
-        draft.problems += _tied_problems(module, base) + _width_problems(module, tensors[weight])
-    if modules and len(unmatched) == len(modules):
-        unmatched = [_foreign_names(next(iter(modules)), len(modules), base)]
-    draft.problems += unmatched
-    return targets
-
-
-def _foreign_names(module: str, count: int, base: Source) -> AdapterError:
-    return AdapterError(
-        f"none of the {count} modules that the adapters rotate is in the base model",
-        file=base.origin,
-        expected=f"a tensor like '{module}.weight'",
-        found=f"'{next(iter(base.checkpoint.tensors), '')}', …",
-        remedy="Give the base that they were trained on. If it is that one, transformers saved it "
-        "under other names: save it with save_pretrained(..., save_original_format=False).",
-    )
-
-
-def _width_problems(module: JoinedModule, info: TensorInfo) -> list[OrthoMergeError]:
-    columns = math.prod(info.shape[1:]) if len(info.shape) > 1 else 0
-    width = module.num_blocks * module.block_size
-    fits = columns > 0 and (columns % width == 0 if module.shared else columns == width)
-    if fits and is_float(info.dtype):
-        return []
-    return [
-        AdapterError(
-            "the adapters' rotation does not fit this weight of the base",
-            tensor=info.name,
-            expected=f"{width} floating-point columns",
-            found=f"{info.dtype} {list(info.shape)}",
-            remedy="Give the base model that the adapters were trained on.",
-        )
-    ]
-
-
-def _tied_problems(module: JoinedModule, base: Source) -> list[OrthoMergeError]:
-    """Refuse to rotate an embedding that the output head shares: the head must not rotate."""
-    if module.kind != "embedding" or not is_tied(read_config(base.checkpoint.folder)):
-        return []
-    return [
-        AdapterError(
-            "the adapters rotate an embedding that this base ties to its output head",
-            tensor=module.name,
-            remedy="Merge without --base and apply the adapter with PEFT, or untie the base.",
-        )
-    ]
-
-
-def _other_names(adapters: Sequence[OftAdapter]) -> list[str]:
+def _other_names(adapters: Sequence[RotationAdapter]) -> list[str]:
     return list(dict.fromkeys(name for adapter in adapters for name in adapter.others))
 
 
@@ -239,6 +190,7 @@ def _rotate_task(
     method: MergeMethod,
     info: TensorInfo,
     module: JoinedModule,
+    adapters: Sequence[RotationAdapter],
     base: TensorInfo | None,
     settings: Settings,
     draft: Draft,
@@ -248,10 +200,14 @@ def _rotate_task(
     blocks = module.num_blocks * module.block_size**2 * 8
     peak = blocks * (len(module.parts) + _ALGEBRA_COPIES)
     if base is not None:
-        row = math.prod(base.shape[1:])
+        row = math.prod(base.shape[1:]) * (module.block_size if module.side == "left" else 1)
         lifted = ITEM_SIZES[draft.compute_dtype]
         peak += max(draft.piece_elements, row) * (ITEM_SIZES[base.dtype] + 4 * lifted)
-    read = sum(math.prod(module.packed_shape) * ITEM_SIZES[p.dtype] for p in module.parts if p)
+    read_bytes = sum(
+        adapter.source.tensors[key].nbytes
+        for adapter, part in zip(adapters, module.parts, strict=True)
+        for key in (part.keys if part else ())
+    )
     return Task(
         info=info,
         kind="rotate",
@@ -260,7 +216,7 @@ def _rotate_task(
         weights=settings.weights,
         parameters=settings.parameters,
         peak_bytes=peak,
-        read_bytes=read + (base.nbytes if base else 0),
+        read_bytes=read_bytes + (base.nbytes if base else 0),
     )
 
 
@@ -276,7 +232,7 @@ def _other_task(
     method: MergeMethod,
     info: TensorInfo,
     name: str,
-    adapters: Sequence[OftAdapter],
+    adapters: Sequence[RotationAdapter],
     layers: LayerMap,
     draft: Draft,
 ) -> list[Task]:
