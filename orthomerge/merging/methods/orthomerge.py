@@ -23,6 +23,7 @@ __all__ = ["orthomerge"]
     laws=("identity", "idempotent", "permutation", "scale-equivariance"),
     negative_weights=False,
     divides_by_weight_sum=True,
+    dense="orthomerge-decoupled",
 )
 def orthomerge(
     rotations: Sequence[Tensor],

@@ -71,24 +71,19 @@ def orthomerge_decoupled(
 ) -> Merged:
     """Split each update into a rotation and a residual, merge each where it lives.
 
-    Per weight matrix W_0 [o, n]: ``R_i = argmin_R ‖W_0 R - X_i‖² + ρ ‖W_0‖²/n ‖R - I‖²`` over SO(n)
-    with X_i = W_i (variant global) or W_0 plus those rows of D_i that oppose the mean update
-    (conflict-aware); ``A_i = Cayley⁻¹(R_i)``; A merged with magnitude correction as OFT adapters
-    are; ``W = W_0 R + F(W_1 - W_0 R_1, …, W_T - W_0 R_T)`` with F the residual method. The gate
-    leaves R_i = I where the rotation explains no more of D_i than it would of noise:
-    ``‖W_i - W_0 R_i‖ >= (1 - margin) · b · ‖D_i‖``, b = √(1 - n/2o) or, for o < n, √(o/2n). Where
-    no model passes, the result is the residual method's, bit for bit.
+    ``R_i = argmin ‖W_0 R - X_i‖² + ρ ‖W_0‖²/n ‖R - I‖²`` over SO(n), X_i = W_i or, conflict-aware,
+    W_0 plus the rows of D_i that oppose the mean update; the R_i are averaged as OFT adapters are;
+    ``W = W_0 R + F(W_i - W_0 R_i)``. The gate sets R_i = I unless ``‖W_i - W_0 R_i‖ < (1 - margin)
+    b ‖D_i‖``, b = √(1 - n/2o) or √(o/2n): what noise would leave. With no rotation, W is F's.
 
     Args:
-        base: W_0.
+        base: W_0 [o, n].
         deltas: D_i = W_i - W_0, one per model.
         weights: w_i >= 0, one per model; for the rotations they are divided by their sum.
         role: What the tensor is in the model: only weight matrices are rotated.
         survey: The residual method's survey of the whole model.
-        mode: Decides what is left null: robust (anchor 1e-3, c_max 3√T, gate auto, residual
-            tsv-m), faithful (the paper: anchor 1e-6, no c_max, no gate, residuals averaged), or
-            reproduce (as its code: anchor 0, arbitrary null space and reflections, the rest as
-            faithful).
+        mode: Decides what is null: robust (anchor 1e-3, c_max 3√T, gate auto, residual tsv-m),
+            faithful (the paper: 1e-6, none, off, the mean), reproduce (its code: anchor 0).
         variant: What a rotation is fitted to: the whole update, or the rows in conflict.
         residual: F, with its parameters; any method of task vectors.
         gate: auto rotates a layer only where its update is rotational; off always rotates.
@@ -103,20 +98,12 @@ def orthomerge_decoupled(
         include_embeddings: Rotate embeddings and output heads, too.
         rotate_conv: Rotate convolution kernels, seen as [out, in · kh · kw].
 
-    Returns:
-        The merged weight, and per model what was rotated and how well it fitted.
-
     References:
         Orthogonal Model Merging, arXiv:2602.05943: orthogonal-residual decoupling.
     """
     from orthomerge.merging.decoupling import merge_decoupled
 
-    parameters = dict(
-        mode=mode, variant=variant, residual=residual, gate=gate, margin=margin, strength=strength,
-        correction=correction, c_max=c_max, zero_guard=zero_guard, anchor=anchor, block=block,
-        chart=chart, include_embeddings=include_embeddings, rotate_conv=rotate_conv,
-    )  # fmt: skip
-    settings = _settings(parameters, len(deltas))
+    settings = _settings(locals(), len(deltas))
     return merge_decoupled(base, deltas, weights, settings, role, survey)
 
 

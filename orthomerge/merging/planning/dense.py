@@ -239,7 +239,9 @@ def _peak_bytes(
     if kind == "whole":
         models = max(1, len(used) - 1)
         inputs = info.numel * (per_element + len(used) * lifted)
-        workspace = (method.workspace or _default_workspace)(info.shape, models)
+        is_matrix = len(info.shape) >= 2 and method.workspace is not None
+        declared = method.workspace if is_matrix else None
+        workspace = (declared or _default_workspace)(info.shape, models)
         return held + inputs + workspace * lifted
     piece = min(draft.piece_elements, max(info.numel, 1))
     if kind == "merge":

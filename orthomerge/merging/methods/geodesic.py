@@ -1,0 +1,101 @@
+"""The base-free merge: meet half-way along the rotation between the models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from orthomerge.merging.parameters import Between
+from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.spaces import Space
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["geodesic"]
+
+
+def _workspace(shape: tuple[int, ...], models: int) -> int:
+    """Return the float32 elements held: per pair and model an n x n matrix, in fp64 if wide."""
+    rows, columns = shape[0], math.prod(shape[1:])
+    precision = 2 if rows < columns else 1
+    return precision * ((2 * models + 6) * columns**2 + (models + 3) * rows * columns)
+
+
+@merge_method(
+    "geodesic",
+    space=Space.WEIGHT,
+    reference="this project, after Gower 1975, doi:10.1007/BF02291478",
+    laws=("identity", "idempotent", "permutation", "scale-equivariance"),
+    negative_weights=False,
+    divides_by_weight_sum=True,
+    whole=True,
+    workspace=_workspace,
+)
+def geodesic(
+    tensors: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    role: str = "linear",
+    anchor: Annotated[float, Between(0, open_low=True)] = 1e-3,
+    block: Annotated[int, Between(0)] = 0,
+    include_embeddings: bool = True,
+    rotate_conv: bool = False,
+) -> Merged:
+    """Average the models after turning each by its share of the rotation between them.
+
+    ``W = Σ w_i W_i R_i^T`` with rotations R_i whose weighted mean is the identity and under which
+    the models agree best, ``W_i ≈ C R_i`` (generalised Procrustes). Two models with W_2 = W_1 R
+    give W_1 R^{w_2}, a point of the geodesic; models without a rotation between them give their
+    average. The mean of equal lengths keeps its length, which the plain average does not.
+
+    Args:
+        tensors: W_i, one per model.
+        weights: w_i >= 0, divided by their sum.
+        role: What the tensor is in the model: only weight matrices are rotated.
+        anchor: Pulls rotations to the identity where the weights do not determine them.
+        block: Rotate blocks of this many inputs by themselves; 0 rotates all together.
+        include_embeddings: Rotate embeddings and output heads, too.
+        rotate_conv: Rotate convolution kernels, seen as [out, in · kh · kw].
+
+    Returns:
+        The merged weight, and how far each model was turned.
+
+    Example:
+        >>> import torch
+        >>> turned = torch.tensor([[0.0, -1.0], [1.0, 0.0]])
+        >>> geodesic([torch.eye(2), turned], weights=[1.0, 1.0], anchor=1e-9).tensor.abs()
+        tensor([[0.7071, 0.7071],
+                [0.7071, 0.7071]])
+    """
+    total = math.fsum(weights)
+    shares = [weight / total for weight in weights]
+    rotates = role in {"linear", "stack"} or (role == "embedding" and include_embeddings)
+    if not rotates and not (role == "convolution" and rotate_conv):
+        return Merged(_average(tensors, shares))
+    if role == "stack":
+        merged = [_mean([t[at] for t in tensors], shares, anchor, block) for at in range(len(tensors[0]))]
+        import torch
+
+        return Merged(torch.stack([m for m, _ in merged]), {"stack": [f for _, f in merged]})
+    merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, anchor, block)
+    return Merged(merged.reshape(tensors[0].shape), facts)
+
+
+def _average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
+    merged = tensors[0] * shares[0]
+    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+        merged.add_(tensor, alpha=share)
+    return merged
+
+
+def _mean(
+    matrices: Sequence[Tensor], shares: Sequence[float], anchor: float, block: int
+) -> tuple[Tensor, dict[str, Any]]:
+    import dataclasses
+
+    from orthomerge.linalg.rotation_means import procrustes_mean
+
+    merged, report = procrustes_mean(matrices, shares, anchor=anchor, block=block or None)
+    return merged.to(matrices[0].dtype), dataclasses.asdict(report)
