@@ -23,6 +23,7 @@ __all__ = [
     "Missing",
     "Models",
     "NoProvenance",
+    "NormMatched",
     "Output",
     "Recipe",
     "Set",
@@ -71,6 +72,10 @@ ShardSize = Annotated[
 Missing = Annotated[
     str | None,
     typer.Option("--missing", help="Tensors not in every model: error, copy-base or skip."),
+]
+NormMatched = Annotated[
+    float | None,
+    typer.Option("--norm-matched", help="Size of the update / size of the sum of all changes."),
 ]
 BackMap = Annotated[str | None, typer.Option("--back-map", help="OFT: auto, as_trained or exact.")]
 Budget = Annotated[str | None, typer.Option("--memory-budget", help="Working memory, e.g. 8GB.")]

@@ -30,6 +30,7 @@ def merge(
     compute_dtype: opt.ComputeDtype = None,
     max_shard_size: opt.ShardSize = None,
     missing: opt.Missing = None,
+    norm_matched: opt.NormMatched = None,
     back_map: opt.BackMap = None,
     memory_budget: opt.Budget = None,
     workers: opt.Workers = None,
@@ -48,13 +49,13 @@ def merge(
     """Merge models into a folder or file.
 
     What the inputs are is recognised by their content; without --method the inputs decide: OFT
-    adapters are merged in the Lie algebra, full checkpoints by task arithmetic (with --base) or
-    averaged (without).
+    adapters are merged in the Lie algebra, anything with --base by orthogonal-residual decoupling,
+    full checkpoints without one along the geodesic between them.
     """
     merged = opt.gather_recipe(
         models, recipe, weights, settings,
-        base=base, method=method, missing=missing, output__path=output, output__dtype=dtype,
-        output__max_shard_size=max_shard_size, output__back_map=back_map,
+        base=base, method=method, missing=missing, norm_matched=norm_matched,
+        output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size, output__back_map=back_map,
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.inputs import open_inputs
+from orthomerge.merging.executors.rotation import model_norms
 from orthomerge.merging.executors.whole import read_whole
-from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
 from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.merging.roles import tensor_role
 from orthomerge.merging.spaces import Space
@@ -30,6 +31,8 @@ def surveying_method(plan: Plan) -> tuple[MergeMethod, dict[str, Any]] | None:
     if not tasks:
         return None
     parameters = dict(tasks[0].parameters)
+    if plan.method.space is Space.ROTATION:
+        return (plan.method, parameters) if plan.method.survey is not None else None
     nested = [v for k, v in parameters.items() if v and plan.method.parameters[k].kind is dict]
     for choice in nested:
         parameters = dict(choice)
@@ -48,6 +51,9 @@ def model_survey(context: Context) -> Any:
     assert found is not None
     method, parameters = found
     tasks = _merged_tasks(context.plan)
+    assert method.survey is not None
+    if method.space is Space.ROTATION:
+        return method.survey(model_norms(tasks, context), **parameters)
     residuals = context.plan.method.residual is not None
 
     @functools.lru_cache(maxsize=1)  # the models are walked through in step and share the base
@@ -63,11 +69,11 @@ def model_survey(context: Context) -> Any:
 
     sizes = [task.info.numel for task in tasks]
     streams = [JoinedStream(sizes, opener(model)) for model in range(len(context.plan.models))]
-    return method.survey(streams, weights=tasks[0].weights, **parameters)  # type: ignore[misc]
+    return method.survey(streams, weights=tasks[0].weights, **parameters)
 
 
 def _merged_tasks(plan: Plan) -> list[Task]:
-    return [task for task in plan.tasks if task.kind in ("merge", "whole") and task.method is None]
+    return [task for task in plan.tasks if task.kind in MERGED_KINDS and task.method is None]
 
 
 def _residual_streams(task: Task, context: Context) -> list[_ResidualStream]:

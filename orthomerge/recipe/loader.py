@@ -19,7 +19,7 @@ from orthomerge.errors import (
     combined,
 )
 from orthomerge.merging.planning.checks import check_parameters
-from orthomerge.merging.registry import get_method
+from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document, load_yaml_file, parse_value
 
@@ -69,10 +69,9 @@ def check_recipe(recipe: MergeRecipe, document: Document) -> list[OrthoMergeErro
         method = get_method(recipe.method)
     except UnknownNameError as error:
         return [error.at(document.where(("method",)))]
-    problems = []
-    for name, value in recipe.parameters.items():
-        for problem in check_parameters(method, {name: value}, None):
-            problems.append(problem.at(document.where(("parameters", name))))
+    problems = _parameter_problems(method, recipe, document)
+    if problems and method.dense:  # the sources may decide for its other form
+        problems = _parameter_problems(get_method(method.dense), recipe, document) and problems
     for position, entry in enumerate(recipe.models):
         if entry.weight is not None:
             for problem in check_parameters(method, {}, (entry.weight,)):
@@ -80,12 +79,22 @@ def check_recipe(recipe: MergeRecipe, document: Document) -> list[OrthoMergeErro
     return problems
 
 
+def _parameter_problems(
+    method: MergeMethod, recipe: MergeRecipe, document: Document
+) -> list[OrthoMergeError]:
+    return [
+        problem.at(document.where(("parameters", name)))
+        for name, value in recipe.parameters.items()
+        for problem in check_parameters(method, {name: value}, None)
+    ]
+
+
 def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
     """Return recipe data with ``key=value`` overrides applied.
 
     A key that starts with a key of the recipe is a dotted path into it (``output.dtype=float32``,
-    ``models.0.weight=0.3``); any other key is a method parameter (``density=0.3``). The value is
-    read as YAML.
+    ``models.0.weight=0.3``); any other key is a method parameter (``density=0.3``), or a dotted path
+    into one that names another method (``residual.density=0.3``). The value is read as YAML.
 
     Raises:
         RecipeError: A setting has no ``=``, or its path leads nowhere.
@@ -101,7 +110,7 @@ def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str
             raise RecipeError(f"the value of '{setting}' is not valid YAML") from error
         parts = key.split(".")
         if parts[0] not in MergeRecipe.model_fields:
-            parts = ["parameters", key]
+            parts = ["parameters", *parts]
         _assign(result, parts, value, setting)
     return result
 
@@ -114,6 +123,7 @@ def _copied(value: Any) -> Any:
 
 def _assign(target: Any, parts: Sequence[str], value: Any, setting: str) -> None:
     *parents, last = parts
+    root = target
     for part, following in zip(parents, parts[1:], strict=True):
         if isinstance(target, list):
             position = _position(target, part, setting)
@@ -121,6 +131,8 @@ def _assign(target: Any, parts: Sequence[str], value: Any, setting: str) -> None
                 target[position] = {"path": target[position]}
             target = target[position]
         elif isinstance(target, dict):
+            if isinstance(target.get(part), str) and target is not root:  # a method by its name
+                target[part] = {"method": target[part]}
             target = target.setdefault(part, [] if following.isdigit() else {})
         else:
             raise RecipeError(f"'{setting}' leads into a value that has no parts")

@@ -41,6 +41,7 @@ def request_from(recipe: MergeRecipe) -> MergeRequest:
         device=recipe.run.device,
         workers=recipe.run.workers,
         seed=recipe.seed,
+        norm_matched=recipe.norm_matched,
         recipe=recipe.record(),
     )
 
@@ -58,6 +59,7 @@ def plan(
     weights: Sequence[Any] | None = None,
     output: str | Path | None = None,
     missing: str = "error",
+    norm_matched: float | None = None,
     seed: int = 0,
     output_settings: Mapping[str, Any] | None = None,
     run_settings: Mapping[str, Any] | None = None,
@@ -72,6 +74,8 @@ def plan(
         weights: One value per model: a number, a gradient, or rules.
         output: Folder, or file ending in ``.safetensors``; None keeps the result in memory.
         missing: ``error``, ``copy-base`` or ``skip``: tensors that not every model has.
+        norm_matched: Size of the whole update, as a multiple of the size of the sum of all models'
+            changes; None leaves it as the method makes it.
         seed: Seed of methods that draw random numbers.
         output_settings: Keys of a recipe's ``output``: dtype, max_shard_size, back_map, provenance.
         run_settings: Keys of a recipe's ``run``: device, compute_dtype, memory_budget, workers.
@@ -98,6 +102,7 @@ def plan(
         "method": method,
         "parameters": parameters,
         "missing": missing,
+        "norm_matched": norm_matched,
         "seed": seed,
         "output": {**(output_settings or {}), "path": None if output is None else str(output)},
         "run": dict(run_settings or {}),

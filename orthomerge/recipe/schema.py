@@ -103,6 +103,11 @@ class MergeRecipe(_Strict):
     missing: Literal["error", "copy-base", "skip"] = Field(
         default="error", description="What to do with tensors that not every model has."
     )
+    norm_matched: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="Size of the whole update, as a multiple of the size of the sum of all changes; "
+        "default: as the method makes it.",
+    )
     seed: int = Field(default=0, ge=0, description="Seed of methods that draw random numbers.")
     output: OutputSettings = Field(default_factory=OutputSettings)
     run: RunSettings = Field(default_factory=RunSettings)

@@ -70,6 +70,8 @@ def _parameter(parameter: Parameter) -> list[str]:
 
 def _written(value: Any) -> str:
     """Return a default in YAML's spelling."""
+    if value is None:
+        return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) and math.isinf(value):

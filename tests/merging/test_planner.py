@@ -63,7 +63,8 @@ def test_parameters_and_weights_are_checked_together() -> None:
         ({"method": "slerp", "weights": [1.0, 2.0]}, "takes no weights"),
         ({"method": "passthrough"}, "exactly"),
         ({"method": "ties"}, "needs the base model"),
-        ({"method": "orthomerge"}, "merges OFT adapters"),
+        ({"method": "orthomerge"}, "orthomerge-decoupled needs the base model"),
+        ({"method": "lie-tsv"}, "tsv-m needs the base model"),
         ({"method": "linear", "missing": "ignore"}, "missing"),
         ({"method": "linear", "output_settings": {"dtype": "int8"}}, "floating-point dtype"),
         ({"method": "linear", "run_settings": {"memory_budget": "2 parsecs"}}, "not a size"),
@@ -144,8 +145,8 @@ def test_output_over_an_input_is_refused(tmp_path) -> None:
 
 
 def test_method_follows_from_the_sources() -> None:
-    assert plan([sd(), sd(1)]).method.name == "linear"
-    assert plan([sd(), sd(1)], base=sd(2)).method.name == "task-arithmetic"
+    assert plan([sd(), sd(1)]).method.name == "geodesic"
+    assert plan([sd(), sd(1)], base=sd(2)).method.name == "orthomerge-decoupled"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ The blocks are handled in fp64; the base's weight is rotated a few rows at a tim
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,38 +15,60 @@ from torch import Tensor
 from orthomerge.adapters.effective import apply_rotation, rotate_rows, rotation
 from orthomerge.adapters.export import stored_from_canonical
 from orthomerge.adapters.rotated import RotationAdapter
-from orthomerge.checkpoints.digest import hash_tensor, tensor_hasher
-from orthomerge.checkpoints.reader import Checkpoint
+from orthomerge.checkpoints.digest import hash_tensor
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import align_blocks, orthogonality
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.oft_modules import JoinedModule, join_module
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["model_norms", "run"]
 
 
 def run(task: Task, context: Context) -> dict[str, Any]:
     """Merge one module; return digests and what was measured on the way."""
     plan = context.plan
-    adapters = [model.rotations for model in plan.models if model.rotations is not None]
-    name = next(name for name in task.models if name is not None)
-    module = join_module(name, tuple(adapter.modules.get(name) for adapter in adapters))
-    stored = [_generator(adapter, name, module).to(context.device) for adapter in adapters]
-    generators = align_blocks(stored, module.num_blocks * module.block_size)
-    merged = plan.method.function(list(generators), weights=list(task.weights), **task.parameters)
+    adapters, module, generators = _generators(task, context)
+    merged = plan.method.call(
+        list(generators), weights=list(task.weights), survey=context.survey, **task.parameters
+    ).tensor
+    if context.norms is not None:
+        context.norms.add(merged, list(generators))
+        return {}
+    merged = merged * context.factor
     if not bool(torch.isfinite(merged).all()):
-        raise NumericalError("the merged generator is not finite", tensor=name)
+        raise NumericalError("the merged generator is not finite", tensor=task.name)
     assert plan.convention is not None
     R = rotation(merged, plan.convention)
-    digests = _digests(task, context, adapters)
+    digests = _digests(task, context, adapters) if plan.request.provenance else []
     if task.base is None:
         context.emit(task, 0, stored_from_canonical(merged, module.kind, plan.convention))
         context.advance(task.read_bytes)
     else:
         s = _merged_scale(adapters, module, task.weights) if module.scaled else None
-        digests[0][1] = _rotate_base(task, context, R.to(context.compute), module, s)
+        read = _rotate_base(task, context, R.to(context.compute), module, s)
+        if read:
+            digests[0].append([task.base, read])
     return {"digests": digests, "rotation": _measures(generators, merged, R)}
+
+
+def model_norms(tasks: Sequence[Task], context: Context) -> list[float]:
+    """Return each model's ‖A_i‖_F over all its modules."""
+    squares = [0.0] * len(context.plan.models)
+    for task in tasks:
+        context.check_stop()
+        for at, A in enumerate(_generators(task, context)[2]):
+            squares[at] += torch.linalg.vector_norm(A, dtype=torch.float64).item() ** 2
+    return [math.sqrt(square) for square in squares]
+
+
+def _generators(task: Task, context: Context) -> tuple[list[RotationAdapter], JoinedModule, Tensor]:
+    """Read every adapter's generator of one module, in blocks of one size."""
+    adapters = [model.rotations for model in context.plan.models if model.rotations is not None]
+    name = next(name for name in task.models if name is not None)
+    module = join_module(name, tuple(adapter.modules.get(name) for adapter in adapters))
+    stored = [_generator(adapter, name, module).to(context.device) for adapter in adapters]
+    return adapters, module, align_blocks(stored, module.num_blocks * module.block_size)
 
 
 def _generator(adapter: RotationAdapter, name: str, module: JoinedModule) -> Tensor:
@@ -117,24 +140,13 @@ def _turn(piece: Tensor, R: Tensor, module: JoinedModule, row: int) -> Tensor:
 
 def _digests(
     task: Task, context: Context, adapters: list[RotationAdapter]
-) -> list[list[str | None]]:
-    digests: list[list[str | None]] = [[task.base, None]] if context.plan.base else []
+) -> list[list[list[str | None]]]:
+    """Return [tensor name, digest] pairs of each source; the base's are added when it is read."""
+    digests: list[list[list[str | None]]] = [[]] if context.plan.base else []
     for model, adapter, name in zip(context.plan.models, adapters, task.models, strict=True):
         keys = adapter.modules[name].keys if name else ()
-        hashing = bool(keys) and context.plan.request.provenance
-        digest = _joint_digest(model.checkpoint, keys) if hashing else None
-        digests.append([keys[0] if keys else None, digest])
+        digests.append([[key, hash_tensor(model.checkpoint, key)] for key in keys])
     return digests
-
-
-def _joint_digest(checkpoint: Checkpoint, keys: tuple[str, ...]) -> str:
-    """Return the digest of a module's tensor, or of its tensors' digests."""
-    found = [hash_tensor(checkpoint, key) for key in keys]
-    if len(found) == 1:
-        return found[0]
-    hasher = tensor_hasher()
-    hasher.update("".join(found).encode())
-    return hasher.hexdigest()
 
 
 def _measures(generators: Tensor, merged: Tensor, R: Tensor) -> dict[str, float]:

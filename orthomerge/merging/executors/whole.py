@@ -39,9 +39,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     return {"digests": inputs.digests(task, context), "facts": dict(merged.facts)}
 
 
-def read_whole(
-    task: Task, inputs: Inputs, space: Space
-) -> tuple[Tensor | None, list[Tensor]]:
+def read_whole(task: Task, inputs: Inputs, space: Space) -> tuple[Tensor | None, list[Tensor]]:
     """Return the base's tensor and every model's contribution, in the tensor's shape."""
     shape, count = task.info.shape, task.info.numel
     origin = inputs.origin(0, count).reshape(shape) if inputs.base else None

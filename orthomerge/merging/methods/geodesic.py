@@ -75,10 +75,11 @@ def geodesic(
     if not rotates and not (role == "convolution" and rotate_conv):
         return Merged(_average(tensors, shares))
     if role == "stack":
-        merged = [_mean([t[at] for t in tensors], shares, anchor, block) for at in range(len(tensors[0]))]
         import torch
 
-        return Merged(torch.stack([m for m, _ in merged]), {"stack": [f for _, f in merged]})
+        slices = zip(*tensors, strict=True)
+        parts = [_mean(matrices, shares, anchor, block) for matrices in slices]
+        return Merged(torch.stack([m for m, _ in parts]), {"stack": [f for _, f in parts]})
     merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, anchor, block)
     return Merged(merged.reshape(tensors[0].shape), facts)
 

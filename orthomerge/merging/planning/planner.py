@@ -56,7 +56,7 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     method = _choose_method(request, opened, base)
     problems += check_parameters(method, request.parameters, request.weights, len(opened))
-    problems += _source_problems(method, opened, base)
+    problems += _source_problems(request, method, opened, base)
     if problems:
         raise combined(problems)
     planner = oft if method.space is Space.ROTATION else dense
@@ -109,7 +109,7 @@ def _default_method(models: list[Source], base: Source | None, all_rotations: bo
 
 
 def _source_problems(
-    method: MergeMethod, models: list[Source], base: Source | None
+    request: MergeRequest, method: MergeMethod, models: list[Source], base: Source | None
 ) -> list[OrthoMergeError]:
     problems: list[OrthoMergeError] = []
     count, most = len(models), method.max_models or math.inf
@@ -134,6 +134,13 @@ def _source_problems(
     for model in models:
         problem = _kind_problem(method, model, base)
         problems += [problem] if problem else []
+    if request.norm_matched is not None and base is None and method.space is not Space.ROTATION:
+        problems.append(
+            RecipeError(
+                "a norm-matched strength is relative to the base model",
+                remedy="Pass --base (in a recipe: base), or leave norm_matched out.",
+            )
+        )
     if base is not None and base.kind != "full":
         problems.append(
             RecipeError(
@@ -143,9 +150,7 @@ def _source_problems(
     return problems
 
 
-def _kind_problem(
-    method: MergeMethod, model: Source, base: Source | None
-) -> RecipeError | None:
+def _kind_problem(method: MergeMethod, model: Source, base: Source | None) -> RecipeError | None:
     """Return why this method cannot merge this source, or None."""
     if method.space is Space.ROTATION:
         if model.rotations is not None:
