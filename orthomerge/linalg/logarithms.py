@@ -56,7 +56,7 @@ def exp_so(L: torch.Tensor) -> torch.Tensor:
     # I is added last: its rounding must not drown the entries of a tiny L.
     versine = (V * (2 * (phi / 2).sin().square())[..., None, :]) @ V.mT
     sinc = (V * torch.sinc(phi / math.pi)[..., None, :]) @ V.mT
-    return (eye + ((sinc @ X + X @ sinc) / 2 - versine)).to(working_dtype(L))
+    return (eye + (_skew_part(sinc @ X) - versine)).to(working_dtype(L))
 
 
 @full_precision()
@@ -109,7 +109,7 @@ def principal_log(R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         NumericalError: R is not orthogonal or not finite.
     """
     X = _orthonormal(R)
-    symmetric, skew = (X + X.mT) / 2, (X - X.mT) / 2
+    symmetric, skew = (X + X.mT) / 2, _skew_part(X)
     cosines, V = torch.linalg.eigh(symmetric)
     # |K v| is |sin phi| for every v in an eigenspace of the symmetric part.
     sines = torch.linalg.vector_norm(skew @ V, dim=-2)
@@ -117,7 +117,7 @@ def principal_log(R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     f = (V * torch.where(sines > 0, phi / sines, 1.0)[..., None, :]) @ V.mT
     largest = phi.amax(dim=-1) if phi.shape[-1] else phi.sum(dim=-1)
     reflected = torch.linalg.slogdet(X).sign < 0
-    return (f @ skew + skew @ f) / 2, torch.where(reflected, math.pi, largest)
+    return _skew_part(f @ skew), torch.where(reflected, math.pi, largest)
 
 
 @full_precision()
@@ -144,7 +144,7 @@ def rotation_angles(R: torch.Tensor) -> torch.Tensor:
             "R is a reflection (determinant -1), so it has no rotation angles in pairs",
             remedy="Flip one singular vector, or raise the anchor of the fit it came from.",
         )
-    skew = (X - X.mT) / 2
+    skew = _skew_part(X)
     cosines, V = torch.linalg.eigh((X + X.mT) / 2)  # ascending, so angles descending
     acute = cosines > 0
     lower = _sines_of(skew @ V, acute)  # descending, behind the 2s of the others
@@ -248,7 +248,7 @@ def _odd_function(
     values = torch.linalg.vector_norm(Y @ V, dim=-2)  # the roots of the eigenvalues, but accurate
     ratios = torch.where(values > 0, g(values) / values, slope)
     f = (V * ratios[..., None, :]) @ V.mT
-    return ((f @ Y + Y @ f) / 2).to(working_dtype(X))
+    return _skew_part(f @ Y).to(working_dtype(X))
 
 
 def _orthonormal(R: torch.Tensor) -> torch.Tensor:
@@ -263,6 +263,10 @@ def _orthonormal(R: torch.Tensor) -> torch.Tensor:
             remedy="Take its polar factor first.",
         )
     return X - X @ excess / 2
+
+
+def _skew_part(X: torch.Tensor) -> torch.Tensor:
+    return (X - X.mT) / 2
 
 
 def _pair_means(values: torch.Tensor) -> torch.Tensor:

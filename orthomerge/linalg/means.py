@@ -162,7 +162,7 @@ def merge_algebra(
     """
     _check_correction(correction)
     _check_settings(strength, c_max, zero_guard)
-    shares, _ = _shares([float(weight) for weight in weights])
+    shares = weight_shares(weights)
     total, count = AlgebraSum(), 0
     for count, A in enumerate(As, 1):
         if count <= len(shares):
@@ -196,6 +196,18 @@ def _spread(factors: torch.Tensor, S: torch.Tensor) -> torch.Tensor:
 def _block_norms(X: torch.Tensor) -> torch.Tensor:
     """Return the norm of every block of every matrix; X [T, ..., b, b] -> [T, blocks]."""
     return frobenius(X).reshape(X.shape[0], -1).cpu()
+
+
+def weight_shares(weights: Sequence[float] | torch.Tensor, count: int | None = None) -> list[float]:
+    """Return weights divided by their sum.
+
+    Raises:
+        NumericalError: They are not ``count``, not finite, negative, or all zero.
+    """
+    values = [float(weight) for weight in weights]
+    if count is not None and len(values) != count:
+        raise NumericalError("one weight per input is needed", expected=count, found=len(values))
+    return _shares(values)[0]
 
 
 def _shares(weights: Sequence[float]) -> tuple[list[float], float]:
