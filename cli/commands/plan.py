@@ -32,7 +32,8 @@ def plan(
     merged = opt.gather_recipe(
         models, recipe, weights, settings,
         base=base, method=method, missing=missing, norm_matched=norm_matched,
-        output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size, output__back_map=back_map,
+        output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size,
+        output__back_map=back_map,
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip

@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthomerge.linalg import exp_so, residual_noise_baseline
+from orthomerge.linalg.logarithms import exp_so
 from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
-from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
+from orthomerge.linalg.procrustes_fits import (
+    ProcrustesFit,
+    procrustes_right,
+    residual_noise_baseline,
+)
 from orthomerge.linalg.rotations import apply_cayley
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged

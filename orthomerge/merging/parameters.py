@@ -1,8 +1,9 @@
 """Parameters of merge methods: declared by a method's signature, checked from plain values.
 
 A parameter is a keyword-only argument with a default; its annotation says what is allowed
-(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, ``Annotated[..., Between(...)]``, each with
-``| None`` for "let the method decide", or ``NestedMethod``). How a value may vary from tensor to tensor is in ``rules``.
+(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, ``Annotated[..., Between(...)]``, each
+with ``| None`` for "let the method decide", or ``NestedMethod``). How a value may vary from tensor
+to tensor is in ``rules``.
 """
 
 from __future__ import annotations

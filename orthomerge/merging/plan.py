@@ -88,9 +88,9 @@ class Task:
 
     Args:
         info: Its name, dtype and shape in the output.
-        kind: ``merge`` runs the method on pieces, ``whole`` on the whole tensor, ``copy`` copies the first source's bytes (and
-            checks that the others agree), ``convert`` changes the first source's dtype,
-            ``rotate`` merges one OFT module.
+        kind: ``merge`` runs the method on pieces, ``whole`` on the whole tensor, ``copy`` copies
+            the first source's bytes (and checks that the others agree), ``convert`` changes the
+            first source's dtype, ``rotate`` merges one OFT module.
         models: The tensor (or OFT module) in each model; None where a model lacks it.
         base: The tensor in the base, if it takes part.
         weights: One per model.

@@ -93,8 +93,8 @@ def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str
     """Return recipe data with ``key=value`` overrides applied.
 
     A key that starts with a key of the recipe is a dotted path into it (``output.dtype=float32``,
-    ``models.0.weight=0.3``); any other key is a method parameter (``density=0.3``), or a dotted path
-    into one that names another method (``residual.density=0.3``). The value is read as YAML.
+    ``models.0.weight=0.3``); any other key is a method parameter (``density=0.3``), or a dotted
+    path into one that names another method (``residual.density=0.3``). The value is read as YAML.
 
     Raises:
         RecipeError: A setting has no ``=``, or its path leads nowhere.

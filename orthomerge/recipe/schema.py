@@ -105,7 +105,7 @@ class MergeRecipe(_Strict):
     )
     norm_matched: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
-        description="Size of the whole update, as a multiple of the size of the sum of all changes; "
+        description="Size of the whole update / size of the sum of all changes; "
         "default: as the method makes it.",
     )
     seed: int = Field(default=0, ge=0, description="Seed of methods that draw random numbers.")

@@ -67,7 +67,7 @@ def test_tasks_run_under_the_plans_budget(monkeypatch) -> None:
 
 
 def test_finished_tensors_are_not_done_again(monkeypatch) -> None:
-    prepared = plan(models())
+    prepared = plan(models(), method="linear")
     sink = sink_for(prepared)
     sink.finished = {"layers.0.w": {"digests": []}, "layers.3.w": {"digests": []}}
     done = []

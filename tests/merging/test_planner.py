@@ -186,7 +186,8 @@ def test_output_without_a_name_is_refused(tmp_path, monkeypatch) -> None:
 
 def test_rules_and_gradients_reach_the_tensors() -> None:
     models = [{k: torch.full_like(v, c) for k, v in sd().items()} for c in (0.0, 1.0)]
-    found = merge(models, weights=[1.0, [{"match": "*norm*", "value": 3.0}, {"value": [0.0, 1.0]}]])
+    rules = [{"match": "*norm*", "value": 3.0}, {"value": [0.0, 1.0]}]
+    found = merge(models, method="linear", weights=[1.0, rules])
     assert found.tensors["model.norm.weight"][0].item() == 0.75
     assert found.tensors["model.layers.0.w"][0, 0].item() == 0.0
     assert found.tensors["model.layers.1.w"][0, 0].item() == 0.5
@@ -216,7 +217,7 @@ def tied_folder(path, tie: bool, head: bool, seed: int):
 def test_tied_head_is_merged_once_and_left_out(tmp_path) -> None:
     one = tied_folder(tmp_path / "one", True, True, 1)
     two = tied_folder(tmp_path / "two", True, False, 2)
-    result = merge([one, two])
+    result = merge([one, two], method="linear")
     assert set(result.tensors) == {"model.embed_tokens.weight"}
     assert any("tied" in note for note in result.plan.notes)
 
@@ -224,7 +225,7 @@ def test_tied_head_is_merged_once_and_left_out(tmp_path) -> None:
 def test_untied_output_takes_the_embedding_of_tied_models(tmp_path) -> None:
     untied = tied_folder(tmp_path / "untied", False, True, 1)
     tied = tied_folder(tmp_path / "tied", True, False, 2)
-    result = merge([untied, tied]).tensors
+    result = merge([untied, tied], method="linear").tensors
     from safetensors.torch import load_file
 
     first, second = (load_file(p / "model.safetensors") for p in (untied, tied))

@@ -35,7 +35,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
             pieces = [model.weight(start, count) for model in inputs.models]
             merged = method.call(pieces, weights=inputs.weights, **arguments)
         context.finish(task, start, merged.tensor, origin, pieces, method.space)
-        context.advance(task.read_bytes * count // max(1, task.info.numel))
+        context.advance(inputs.share(task.read_bytes, start, count))
     return {"digests": inputs.digests(task, context)}
 
 

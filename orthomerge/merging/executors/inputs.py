@@ -44,6 +44,10 @@ class Inputs:
         for start in range(0, self.numel, self.piece_elements):
             yield start, min(self.piece_elements, self.numel - start)
 
+    def share(self, nbytes: int, start: int, count: int) -> int:
+        """Return a piece's part of ``nbytes``, such that all pieces' parts add up to it."""
+        return nbytes * (start + count) // self.numel - nbytes * start // self.numel
+
     def origin(self, start: int, count: int) -> Tensor:
         """Return a piece of the base, checked to be finite."""
         assert self.base is not None

@@ -96,7 +96,7 @@ def _mean(
 ) -> tuple[Tensor, dict[str, Any]]:
     import dataclasses
 
-    from orthomerge.linalg.rotation_means import procrustes_mean
+    from orthomerge.linalg import procrustes_mean
 
     merged, report = procrustes_mean(matrices, shares, anchor=anchor, block=block or None)
     return merged.to(matrices[0].dtype), dataclasses.asdict(report)

@@ -70,7 +70,7 @@ def lie_tsv(
 
     from orthomerge.linalg.planes import merge_planes
 
-    scales = [weight for weight in weights]
+    scales = list(weights)
     if equalise and survey is not None:
         mean = sum(survey) / len(survey)
         scales = [
