@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orthomerge_cli.session import print_json, say
@@ -84,6 +86,7 @@ def result_facts(result: MergeResult) -> dict[str, Any]:
         "seconds": round(result.seconds, 3),
         "resumed_tensors": result.resumed_tensors,
         "rotations": result.rotations,
+        "facts": result.facts,
     }
 
 
@@ -103,7 +106,25 @@ def print_result(result: MergeResult) -> None:
             f"rotations: largest angle {angle:.2f}°, distance from orthogonality {residual:.1e}",
             err=True,
         )
+    for line in _measured(result.facts):
+        say(line, err=True)
     say(str(result.output))
+
+
+def _measured(facts: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say in a line or two what a method of whole tensors found."""
+    layers = [part for found in facts.values() for part in found.get("stack", [found])]
+    fitted = [layer["models"] for layer in layers if layer.get("models")]
+    if fitted:
+        rotated = sum(any(model["rotated"] for model in models) for models in fitted)
+        updates = sum(model["rotated"] for models in fitted for model in models)
+        yield (
+            f"rotated {rotated} of {len(fitted)} layers ({updates} of {sum(map(len, fitted))} "
+            "updates); the rest went to the residual method"
+        )
+    turned = [max(layer["angles"]) for layer in layers if layer.get("angles")]
+    if turned:
+        yield f"turned {len(turned)} layers by up to {math.degrees(max(turned)):.2f}°"
 
 
 def _print_notes(plan: Plan) -> None:

@@ -47,6 +47,11 @@ class MergeResult:
         """What was measured of each merged OFT module."""
         return {k: d["rotation"] for k, d in self.details.items() if "rotation" in d}
 
+    @property
+    def facts(self) -> dict[str, dict[str, Any]]:
+        """What a method of whole tensors measured of each."""
+        return {k: d["facts"] for k, d in self.details.items() if d.get("facts")}
+
 
 def run_plan(
     plan: Plan,

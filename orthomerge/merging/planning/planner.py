@@ -61,6 +61,11 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     planner = oft if method.space is Space.ROTATION else dense
     draft = planner.draft_tasks(request, method, opened, base)
+    if request.method is None and method.whole:
+        draft.notes.append(
+            f"{method.name} decomposes every weight matrix; --method "
+            f"{'task-arithmetic' if base else 'linear'} takes seconds"
+        )
     plan = _finish(request, method, opened, base, draft)
     problems += draft.problems + _resource_problems(plan)
     if problems:
