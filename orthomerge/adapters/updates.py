@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from orthomerge.adapters.keys import base_tensor_name
+from orthomerge.adapters.keys import NOT_IN_BASE, base_tensor_name
 from orthomerge.adapters.lora_updates import lora_updates
 from orthomerge.adapters.rotation_updates import rotation_updates
 from orthomerge.adapters.sources import Source
@@ -94,7 +94,7 @@ def adapter_updates(source: Source, base_tensors: Mapping[str, TensorInfo]) -> A
         found += lora_updates(source.lora, base_tensors, problems)
     elif source.rotations is not None:
         found += rotation_updates(source.rotations, base_tensors, problems)
-    if not found and len(problems) == len(adapter.modules):
+    if not found and all(problem.problem == NOT_IN_BASE for problem in problems):
         problems = [_foreign_base(source, next(iter(adapter.modules)), len(problems))]
     updates: dict[str, WeightUpdate] = {}
     for name, update in found:
@@ -175,7 +175,7 @@ def _replacements(
 
 def _foreign_base(source: Source, module: str, count: int) -> AdapterError:
     return AdapterError(
-        f"none of the {count} modules that the adapter changes fits the base model",
+        f"none of the {count} modules that the adapter changes is in the base model",
         file=source.origin,
         expected=f"a tensor like '{module}.weight'",
         remedy="Give the base that it was trained on. If it is that one, transformers saved it "
