@@ -69,12 +69,15 @@ class AdapterUpdates:
     replacements: dict[str, str]
 
 
-def adapter_updates(source: Source, base_tensors: Mapping[str, TensorInfo]) -> AdapterUpdates:
+def adapter_updates(
+    source: Source, base_tensors: Mapping[str, TensorInfo], *, tied: bool = False
+) -> AdapterUpdates:
     """Find the tensors of a base that an adapter changes, and check that they fit.
 
     Args:
         source: The adapter.
         base_tensors: Headers of the base.
+        tied: The base ties its embedding to its output head, see ``checkpoints.folder.is_tied``.
 
     Raises:
         AdapterError: Its kind is not supported, a module or shape is not in the base, ...
@@ -96,6 +99,8 @@ def adapter_updates(source: Source, base_tensors: Mapping[str, TensorInfo]) -> A
         found += rotation_updates(source.rotations, base_tensors, problems)
     if not found and all(problem.problem == NOT_IN_BASE for problem in problems):
         problems = [_foreign_base(source, next(iter(adapter.modules)), len(problems))]
+    if tied:
+        problems += _tied_problems(source)
     updates: dict[str, WeightUpdate] = {}
     for name, update in found:
         problems += _update_problems(source, name, update, updates, base_tensors[name])
@@ -171,6 +176,22 @@ def _replacements(
             )
         )
     return replaced
+
+
+def _tied_problems(source: Source) -> list[AdapterError]:
+    """Refuse to change an embedding that the output head shares: the head must not change."""
+    adapter = source.lora or source.rotations
+    modules = adapter.modules.values() if adapter else ()
+    return [
+        AdapterError(
+            "the adapter changes an embedding that this base ties to its output head",
+            file=source.origin,
+            tensor=module.name,
+            remedy="Untie the base: save it with tie_word_embeddings false.",
+        )
+        for module in modules
+        if module.kind == "embedding"
+    ]
 
 
 def _foreign_base(source: Source, module: str, count: int) -> AdapterError:
