@@ -13,15 +13,29 @@ if TYPE_CHECKING:
     from orthomerge.linalg.blocks import align_blocks, regroup_blocks, rotate_columns
     from orthomerge.linalg.checks import frobenius, orthogonality, require_finite, skewness
     from orthomerge.linalg.means import AlgebraMerge, Correction, merge_algebra
+    from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
-    from orthomerge.linalg.rotations import cayley, cayley_neumann, inverse_cayley
+    from orthomerge.linalg.procrustes_fits import (
+        ProcrustesFit,
+        automatic_anchor,
+        procrustes_right,
+        residual_noise_baseline,
+    )
+    from orthomerge.linalg.procrustes_frames import ProcrustesBase
+    from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
 
 __all__ = [
     "AlgebraMerge",
     "Correction",
+    "PolarMethod",
+    "PolarReport",
+    "ProcrustesBase",
+    "ProcrustesFit",
     "align_blocks",
+    "apply_cayley",
+    "automatic_anchor",
     "block_size",
     "cayley",
     "cayley_neumann",
@@ -32,8 +46,11 @@ __all__ = [
     "orthogonality",
     "pack_skew",
     "packed_width",
+    "polar_factor",
+    "procrustes_right",
     "regroup_blocks",
     "require_finite",
+    "residual_noise_baseline",
     "rotate_columns",
     "skewness",
     "unpack_skew",
@@ -44,8 +61,16 @@ _MODULES = {
     "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
     "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),
     "means": ("AlgebraMerge", "Correction", "merge_algebra"),
+    "polar_factors": ("PolarMethod", "PolarReport", "polar_factor"),
     "precision": ("full_precision",),
-    "rotations": ("cayley", "cayley_neumann", "inverse_cayley"),
+    "procrustes_fits": (
+        "ProcrustesFit",
+        "automatic_anchor",
+        "procrustes_right",
+        "residual_noise_baseline",
+    ),
+    "procrustes_frames": ("ProcrustesBase",),
+    "rotations": ("apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"),
     "skew": ("pack_skew", "unpack_skew"),
     "triangular": ("block_size", "packed_width"),
 }
