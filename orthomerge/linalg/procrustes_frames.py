@@ -20,6 +20,7 @@ from orthomerge.linalg.precision import working_dtype
 __all__ = ["Factored", "ProcrustesBase", "dense_fit", "qr_core_fit", "subspace_fit"]
 
 _RANK = 1e-10  # of a triangular factor's diagonal: below it the rows are taken as dependent
+_MODERATE = 100.0  # norm of K up to which no angle can be near pi
 _SINE = 1e-7  # a principal angle below it has no direction of its own
 
 
@@ -136,6 +137,8 @@ def _half_skew(Q: Tensor) -> Tensor | None:
     if bool(failed) or not bool(torch.isfinite(inverse).all()):
         return None
     K = eye - 2 * inverse
+    if float(frobenius(K)) > _MODERATE:
+        return None
     return (K - K.mT) / 2
 
 
