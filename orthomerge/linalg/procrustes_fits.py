@@ -270,9 +270,8 @@ def _solve(
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
     M = base.double.mT @ X
-    # Without a null space float32 products of an iteration are as good as their data.
-    single = method not in ("auto", "eigh") or M.device.type != "cpu"
-    return dense_fit(M.to(data) if single and o >= n and anchor else M, anchor, method, data)
+    # Without a null space a factor in the data's own precision is as good as the data.
+    return dense_fit(M, anchor, method, data, out=data if o >= n else torch.float64)
 
 
 def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
@@ -281,7 +280,7 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
     A's largest eigenvalue is tan(angle / 2); only when its norm cannot exclude an angle near pi
     are the cosines computed.
     """
-    core = found.core.double()
+    core = found.core
     eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     half = found.half
     if half is not None:
@@ -294,7 +293,7 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
     # An eigenvalue -1 itself may sit in the symmetric part, so the norm is that of both.
     if float(frobenius(raw).max()) / math.sqrt(2) < math.sqrt(2 / _NEAR_PI - 1) / 2:
         return A, True
-    cosines = torch.linalg.eigvalsh((core + core.mT) / 2)
+    cosines = torch.linalg.eigvalsh((core + core.mT).double() / 2)
     return A, float(cosines.amin()) + 1 >= _NEAR_PI
 
 

@@ -258,11 +258,9 @@ def test_a_larger_anchor_tames_an_ill_conditioned_layer() -> None:
         assert np.abs(R - anchored(W0, X, anchor)).max() < 1e-8
         largest.append(np.degrees(np.abs(np.angle(np.linalg.eigvals(R)))).max())
         cost.append(fit.residual / D)
-    print(largest, cost, plain.residual / D)
-    assert 20 < largest[0] < 90
-    assert 8 < largest[1] < 25
-    assert 2 < largest[2] < 9
-    assert plain.residual / D < cost[0] < cost[1] < cost[2] < 0.85
+    assert largest == pytest.approx([43.7, 15.2, 5.3], rel=0.06)
+    assert cost == pytest.approx([0.7165, 0.7397, 0.7802], rel=0.01)
+    assert plain.residual / D < cost[0]
 
 
 @pytest.mark.parametrize("shape", [(8, 6), (4, 12), (3, 5)])
@@ -337,6 +335,10 @@ def test_impossible_arguments_are_refused(arguments, message) -> None:
     W = torch.eye(4)
     with pytest.raises(NumericalError, match=message):
         procrustes_right(W, 2 * W, **arguments)
+
+
+def test_impossible_weights_are_refused() -> None:
+    W = torch.eye(4)
     with pytest.raises(NumericalError, match="one shape"):
         procrustes_right(W, torch.eye(3))
     with pytest.raises(NumericalError, match="not finite"):
