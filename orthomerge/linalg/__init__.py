@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from orthomerge.linalg.precision import full_precision
     from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
     from orthomerge.linalg.rotations import cayley, cayley_neumann, inverse_cayley
+    from orthomerge.linalg.means import AlgebraMerge, Correction, merge_algebra
+    from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
+    from orthomerge.linalg.procrustes_fits import (
+        ProcrustesFit,
+        automatic_anchor,
+        procrustes_right,
+        residual_noise_baseline,
+    from orthomerge.linalg.procrustes_frames import ProcrustesBase
+    from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
 
@@ -38,7 +47,13 @@ __all__ = [
     "KarcherReport",
     "PlanesReport",
     "ProcrustesMeanReport",
+    "PolarMethod",
+    "PolarReport",
+    "ProcrustesBase",
+    "ProcrustesFit",
     "align_blocks",
+    "apply_cayley",
+    "automatic_anchor",
     "block_size",
     "cayley",
     "cayley_angles",
@@ -59,8 +74,11 @@ __all__ = [
     "packed_width",
     "plane_count",
     "procrustes_mean",
+    "polar_factor",
+    "procrustes_right",
     "regroup_blocks",
     "require_finite",
+    "residual_noise_baseline",
     "rotate_columns",
     "rotation_angles",
     "skewness",
@@ -86,6 +104,15 @@ _MODULES = {
     "precision": ("full_precision",),
     "rotation_means": ("KarcherReport", "karcher_mean"),
     "rotations": ("cayley", "cayley_neumann", "inverse_cayley"),
+    "means": ("AlgebraMerge", "Correction", "merge_algebra"),
+    "polar_factors": ("PolarMethod", "PolarReport", "polar_factor"),
+    "procrustes_fits": (
+        "ProcrustesFit",
+        "automatic_anchor",
+        "procrustes_right",
+        "residual_noise_baseline",
+    "procrustes_frames": ("ProcrustesBase",),
+    "rotations": ("apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"),
     "skew": ("pack_skew", "unpack_skew"),
     "triangular": ("block_size", "packed_width"),
 }
