@@ -71,6 +71,8 @@ __all__ = [
     "merge_planes",
     "orthogonality",
     "pack_skew",
+    "procrustes_right",
+    "residual_noise_baseline",
     "packed_width",
     "plane_count",
     "procrustes_mean",
@@ -87,6 +89,7 @@ __all__ = [
 
 # No module may carry the name of a function it exports: importing it would replace the function.
 _MODULES = {
+    "procrustes_fits": ("procrustes_right", "residual_noise_baseline"),
     "aligned_means": ("ProcrustesMeanReport", "procrustes_mean"),
     "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
     "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),

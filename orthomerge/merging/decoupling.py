@@ -16,14 +16,11 @@ from torch import Tensor
 
 from orthomerge.linalg.logarithms import exp_so
 from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
-from orthomerge.linalg.procrustes_fits import (
-    ProcrustesFit,
-    procrustes_right,
-    residual_noise_baseline,
-)
+from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.rotations import apply_cayley
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged
+from orthomerge.merging.rotating import residual_over_noise
 
 __all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled"]
 
@@ -185,10 +182,10 @@ def _split_one(
         block=settings.block,
         null="svd" if settings.mode == "reproduce" else "identity",
     )
-    share = fit.residual / size
-    noise = residual_noise_baseline(rows, settings.block or columns)
-    facts |= {"residual_fraction": share, "noise_level": noise, "retries": fit.retries}
-    if settings.gate and share >= (1 - settings.margin) * noise:
+    noise = residual_over_noise(fit.residual, size, rows, settings.block or columns)
+    facts |= {"residual_fraction": fit.residual / size, "residual_over_noise": noise}
+    facts["retries"] = fit.retries
+    if settings.gate and noise >= 1 - settings.margin:
         return None, delta, facts
     facts["rotated"] = True
     return fit, (W0 - fit.apply(W0)) + delta, facts
