@@ -24,17 +24,16 @@ if TYPE_CHECKING:
     )
     from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction, merge_algebra
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
-    from orthomerge.linalg.precision import full_precision
-    from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
-    from orthomerge.linalg.rotations import cayley, cayley_neumann, inverse_cayley
-    from orthomerge.linalg.means import AlgebraMerge, Correction, merge_algebra
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
+    from orthomerge.linalg.precision import full_precision
     from orthomerge.linalg.procrustes_fits import (
         ProcrustesFit,
         automatic_anchor,
         procrustes_right,
         residual_noise_baseline,
+    )
     from orthomerge.linalg.procrustes_frames import ProcrustesBase
+    from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
     from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
@@ -46,11 +45,11 @@ __all__ = [
     "EnergyReport",
     "KarcherReport",
     "PlanesReport",
-    "ProcrustesMeanReport",
     "PolarMethod",
     "PolarReport",
     "ProcrustesBase",
     "ProcrustesFit",
+    "ProcrustesMeanReport",
     "align_blocks",
     "apply_cayley",
     "automatic_anchor",
@@ -71,12 +70,10 @@ __all__ = [
     "merge_planes",
     "orthogonality",
     "pack_skew",
-    "procrustes_right",
-    "residual_noise_baseline",
     "packed_width",
     "plane_count",
-    "procrustes_mean",
     "polar_factor",
+    "procrustes_mean",
     "procrustes_right",
     "regroup_blocks",
     "require_finite",
@@ -106,14 +103,13 @@ _MODULES = {
     "planes": ("PlanesReport", "merge_planes", "plane_count"),
     "precision": ("full_precision",),
     "rotation_means": ("KarcherReport", "karcher_mean"),
-    "rotations": ("cayley", "cayley_neumann", "inverse_cayley"),
-    "means": ("AlgebraMerge", "Correction", "merge_algebra"),
     "polar_factors": ("PolarMethod", "PolarReport", "polar_factor"),
     "procrustes_fits": (
         "ProcrustesFit",
         "automatic_anchor",
         "procrustes_right",
         "residual_noise_baseline",
+    ),
     "procrustes_frames": ("ProcrustesBase",),
     "rotations": ("apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"),
     "skew": ("pack_skew", "unpack_skew"),
