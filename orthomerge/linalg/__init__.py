@@ -86,7 +86,6 @@ __all__ = [
 
 # No module may carry the name of a function it exports: importing it would replace the function.
 _MODULES = {
-    "procrustes_fits": ("procrustes_right", "residual_noise_baseline"),
     "aligned_means": ("ProcrustesMeanReport", "procrustes_mean"),
     "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
     "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),

@@ -186,14 +186,3 @@ def _spectral_bound(A: torch.Tensor) -> float:
     if bound <= 1 / math.sqrt(torch.finfo(A.dtype).eps):
         return bound
     return float(torch.linalg.matrix_norm(A, 2).max())
-
-
-@full_precision()
-def apply_cayley(W: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Return ``W Cayley(A)`` by one solve."""
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    if A.ndim == 3:
-        grouped = W.reshape(len(W), A.shape[0], -1).transpose(0, 1)
-        turned = 2 * torch.linalg.solve(eye - A, grouped, left=False) - grouped
-        return turned.transpose(0, 1).reshape(W.shape)
-    return 2 * torch.linalg.solve(eye - A, W, left=False) - W

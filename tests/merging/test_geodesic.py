@@ -68,8 +68,23 @@ def test_models_without_a_rotation_between_them_are_averaged() -> None:
     S = np.linalg.svd(W, full_matrices=False)
     other = (S[0] * (S[1] * [1.1, 0.9, 1.2, 0.8, 1.0, 1.05])) @ S[2]
     np.testing.assert_allclose(merged([W, other]), (W + other) / 2, atol=1e-9)
-    # W^T W P is not symmetric, so this pair does turn a little.
-    assert np.abs(merged([W, W @ P]) - W @ (np.eye(6) + P) / 2).max() > 1e-6
+    # W^T W P is not symmetric, so this pair does turn a little, unless the gate finds it small.
+    average = W @ (np.eye(6) + P) / 2
+    np.testing.assert_allclose(merged([W, W @ P]), average, atol=1e-14)
+    assert np.abs(merged([W, W @ P], gate="off") - average).max() > 1e-6
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (40, 16), (16, 40)])
+def test_gate_averages_noise_bit_for_bit_and_turns_rotations(shape) -> None:
+    W = weight(*shape)
+    noise = [W + 0.02 * weight(*shape, seed) for seed in (2, 3)]
+    turned = [W @ expm(generator_matrix(shape[1], 0.3, seed)) for seed in (2, 3)]
+    for dtype, settings in ((torch.float64, {}), (torch.bfloat16, {"run_settings": {}})):
+        models = [{NAME: torch.tensor(V, dtype=dtype)} for V in noise]
+        plain = merge(models, method="linear", weights=[0.3, 0.7], **settings).tensors[NAME]
+        found = merged(noise, dtype=dtype, share=[0.3, 0.7], **{"anchor": 1e-3, **settings})
+        assert (found == plain.double().numpy()).all()
+    assert np.abs(merged(turned, anchor=1e-3) - sum(turned) / 2).max() > 1e-2
 
 
 def test_turned_models_keep_norms_which_the_average_shrinks() -> None:
@@ -78,9 +93,7 @@ def test_turned_models_keep_norms_which_the_average_shrinks() -> None:
     found, average = merged(models), sum(models) / 2
     rows = np.linalg.norm(W, axis=1)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), rows, rtol=1e-6)
-    np.testing.assert_allclose(
-        np.linalg.svd(found)[1], np.linalg.svd(W)[1], rtol=1e-6
-    )
+    np.testing.assert_allclose(np.linalg.svd(found)[1], np.linalg.svd(W)[1], rtol=1e-6)
     assert np.linalg.norm(average) < 0.97 * np.linalg.norm(W)
 
 

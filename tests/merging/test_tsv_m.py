@@ -98,9 +98,7 @@ def test_orthogonal_tasks_are_summed_exactly() -> None:
     rng = np.random.default_rng(3)
     base = rng.standard_normal((10, 8))
     U, V = (np.linalg.qr(rng.standard_normal((size, size)))[0] for size in (10, 8))
-    parts = [
-        (U[:, at : at + 2] * [3.0 + at, 1.0]) @ V[:, at : at + 2].T for at in (0, 2, 4, 6)
-    ]
+    parts = [(U[:, at : at + 2] * [3.0 + at, 1.0]) @ V[:, at : at + 2].T for at in (0, 2, 4, 6)]
     found = merged(base, [base + D for D in parts])
     np.testing.assert_allclose(found, base + sum(parts), atol=1e-12)
 

@@ -27,9 +27,7 @@ def targets(W0: np.ndarray, experts: list[np.ndarray], variant: str) -> list[np.
 
 def conflict_rows(W0: np.ndarray, experts: list[np.ndarray]) -> list[int]:
     """How many rows of each expert oppose the mean change."""
-    return [
-        int((X != W0).any(axis=1).sum()) for X in targets(W0, experts, "conflict-aware")
-    ]
+    return [int((X != W0).any(axis=1).sum()) for X in targets(W0, experts, "conflict-aware")]
 
 
 def procrustes(W0: np.ndarray, X: np.ndarray) -> np.ndarray:
