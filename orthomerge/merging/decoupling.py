@@ -197,14 +197,22 @@ def _rotate(
     weights: Sequence[float],
     settings: Settings,
 ) -> tuple[Tensor, AlgebraMerge | None]:
-    """Return W_0 R with R the merged rotation; W_0 itself where nothing rotates."""
+    """Return W_0 R with R the merged rotation; W_0 itself where nothing rotates.
+
+    A model without a rotation counts as the identity: its weight stays in the mean.
+    """
     if not any(fits):
         return base, None
     total = math.fsum(weights)
-    algebra = AlgebraSum()
+    algebra, unrotated = AlgebraSum(), 0.0
     for fit, weight in zip(fits, weights, strict=True):
-        if fit is not None:
-            algebra.add(fit.generator(settings.chart), weight / total)
+        if fit is None:
+            unrotated += weight / total
+        else:
+            A = fit.generator(settings.chart)
+            algebra.add(A, weight / total)
+    if unrotated:
+        algebra.add(torch.zeros_like(A), unrotated)
     A, merge = algebra.merged(
         strength=settings.strength,
         correction=settings.correction,
