@@ -170,7 +170,7 @@ def _split_one(
     facts: dict[str, Any] = {"rotated": False}
     if mean is not None:
         opposed = (delta * mean).sum(dim=1) < 0
-        rows = facts["conflict_rows"] = int(opposed.sum())
+        facts["conflict_rows"] = int(opposed.sum())
         target = torch.where(opposed[:, None], delta, 0.0)
     size = float(torch.linalg.vector_norm(target))
     if size == 0.0:
