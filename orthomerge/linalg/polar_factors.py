@@ -78,20 +78,29 @@ def polar_factor(M: Tensor, method: PolarMethod = "auto") -> tuple[Tensor, Polar
 
 
 def polar_at_precision(
-    X: Tensor, method: PolarMethod, precision: torch.dtype
+    X: Tensor, method: PolarMethod, precision: torch.dtype, out: torch.dtype | None = None
 ) -> tuple[Tensor, PolarReport]:
-    """Run ``method`` on a tall or square X whose data are only good to ``precision``."""
+    """Run ``method`` on a tall or square X whose data are only good to ``precision``.
+
+    The result is in ``out`` (X's own dtype by default) and is checked to ``precision``.
+    """
+    out = out or X.dtype
     if X.numel() == 0:
         return X.clone(), PolarReport("svd", 0.0, 0)
     chosen = _choose(X, method)
     shape = X.shape
     flat = _unit_size(X).reshape(-1, *shape[-2:])
-    R = _METHODS[chosen](flat, precision)
-    failed = ~_is_polar(R, flat)
+    if chosen == "eigh":
+        R = _by_eigh(flat, precision, out)
+    else:
+        R = _METHODS[chosen](flat.to(out))
+    gram_defects = _defects(R)
+    failed = ~_is_polar(R, flat.to(out), precision, gram_defects)
     count = int(failed.sum())
     if count:
         R[failed] = _safe(flat[failed].double()).to(R.dtype)
-    residual = float(_defects(R).max())
+        gram_defects = _defects(R)
+    residual = float(gram_defects.max())
     return R.reshape(shape), PolarReport(chosen, residual, count)
 
 
@@ -103,58 +112,52 @@ def _choose(X: Tensor, method: PolarMethod) -> str:
     return "eigh" if X.device.type == "cpu" else "quintic"
 
 
-def _by_svd(X: Tensor, precision: torch.dtype) -> Tensor:
+def _by_svd(X: Tensor) -> Tensor:
     U, _, Vh = torch.linalg.svd(X, full_matrices=False)
     return newton_schulz(U @ Vh)
 
 
-def _by_eigh(X: Tensor, precision: torch.dtype) -> Tensor:
+def _by_eigh(X: Tensor, precision: torch.dtype, out: torch.dtype) -> Tensor:
     """Evaluate ``M (M^T M)^{-1/2}`` in float64; NaN where the condition does not allow it."""
     D = X.double()
     values, V = torch.linalg.eigh(D.mT @ D)
     largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     allowed = values[..., :1] * _EIGH_CONDITION[precision] ** 2 > largest
     scale = torch.where(allowed, values.clamp_min(1e-300).rsqrt(), torch.nan)
-    R = (D @ V * scale[..., None, :]) @ V.mT
+    R = newton_schulz(((D @ V * scale[..., None, :]) @ V.mT).to(out))
     # The products of a poorly conditioned M leave a defect that one step may not remove.
-    R = newton_schulz(R)
-    if float(_defects(R).nan_to_num(0.0).max()) > 1e-13:
+    if float(largest.max() / values[..., :1].clamp_min(1e-300).min()) > 1e8:
         R = newton_schulz(R)
-    return R.to(X.dtype)
+    return R
 
 
-def _iteration(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor, torch.dtype], Tensor]:
-    return lambda X, precision: run(X)
-
-
-_METHODS: dict[str, Callable[[Tensor, torch.dtype], Tensor]] = {
+_METHODS: dict[str, Callable[[Tensor], Tensor]] = {
     "svd": _by_svd,
-    "eigh": _by_eigh,
-    "newton": _iteration(newton),
-    "qdwh": _iteration(qdwh),
-    "quintic": _iteration(quintic),
+    "newton": newton,
+    "qdwh": qdwh,
+    "quintic": quintic,
 }
 
 
 def _safe(X: Tensor) -> Tensor:
     """Return the polar factor in float64: by Newton off the CPU, by SVD where that fails."""
     if X.device.type == "cpu":
-        return _by_svd(X, X.dtype)
+        return _by_svd(X)
     R = newton(X) if X.shape[-2] == X.shape[-1] else torch.full_like(X, torch.nan)
-    failed = ~_is_polar(R, X)
+    failed = ~_is_polar(R, X, X.dtype, _defects(R))
     if bool(failed.any()):
-        R[failed] = _by_svd(X[failed], X.dtype)
+        R[failed] = _by_svd(X[failed])
     return R
 
 
-def _is_polar(R: Tensor, X: Tensor) -> Tensor:
-    """Tell per matrix whether R is orthogonal and ``R^T X`` symmetric, to the dtype's accuracy."""
-    eps = torch.finfo(R.dtype).eps
+def _is_polar(R: Tensor, X: Tensor, precision: torch.dtype, defects: Tensor) -> Tensor:
+    """Tell per matrix whether R is orthogonal and ``R^T X`` symmetric, to ``precision``."""
+    eps = torch.finfo(precision).eps
     n = R.shape[-1]
     H = R.mT @ X
     asymmetry = torch.linalg.vector_norm(H - H.mT, dim=(-2, -1))
     size = torch.linalg.vector_norm(X, dim=(-2, -1))
-    orthogonal = _defects(R) <= max(8.0, math.sqrt(n) / 4) * eps
+    orthogonal = defects <= max(8.0, math.sqrt(n) / 4) * eps
     return orthogonal & (asymmetry <= 100 * math.sqrt(n) * eps * size)
 
 

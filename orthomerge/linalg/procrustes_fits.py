@@ -195,6 +195,7 @@ def procrustes_right(
             break
         retries += 1
         current = _raised(base, target, current, retries)
+        reduce = "none" if reduce == "none" else "subspace"  # the QR-core has no anchor to raise
     return _finish(base, X, found, skew if safe else None, current, retries, dtype)
 
 
@@ -227,9 +228,7 @@ def residual_noise_baseline(o: int, n: int) -> float:
     return math.sqrt(1 - n / (2 * o)) if o >= n else math.sqrt(o / (2 * n))
 
 
-def _check(
-    W0: Tensor, X: Tensor, anchor: float, block: int | None, reduce: str, null: str
-) -> None:
+def _check(W0: Tensor, X: Tensor, anchor: float, block: int | None, reduce: str, null: str) -> None:
     if W0.dim() != 2 or W0.shape != X.shape:
         raise NumericalError(
             "the weights of a Procrustes fit must be two matrices of one shape",
@@ -271,9 +270,8 @@ def _solve(
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
     M = base.double.mT @ X
-    # Without a null space float32 products of an iteration are as good as their data.
-    single = method not in ("auto", "eigh") or M.device.type != "cpu"
-    return dense_fit(M.to(data) if single and o >= n and anchor else M, anchor, method, data)
+    # Without a null space a factor in the data's own precision is as good as the data.
+    return dense_fit(M, anchor, method, data, out=data if o >= n else torch.float64)
 
 
 def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
@@ -282,19 +280,20 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
     A's largest eigenvalue is tan(angle / 2); only when its norm cannot exclude an angle near pi
     are the cosines computed.
     """
-    core = found.core.double()
+    core = found.core
     eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
     half = found.half
-    if half is not None and float(frobenius(half[1])) / math.sqrt(2) < 100:
-        return None, True  # core + I is K's matrix I + Q after an elimination with 1 + C >= 1
+    if half is not None:
+        return None, True  # then K is moderate, and ||A||_2 <= 2 ||K||_2 + 1
     inverse, failed = torch.linalg.inv_ex(core + eye)
     if bool((failed != 0).any()) or not bool(torch.isfinite(inverse).all()):
         return None, False
-    A = eye - 2 * inverse
-    A = (A - A.mT) / 2
-    if float(frobenius(A).max()) / math.sqrt(2) < math.sqrt(2 / _NEAR_PI - 1) / 2:
+    raw = eye - 2 * inverse
+    A = (raw - raw.mT) / 2
+    # An eigenvalue -1 itself may sit in the symmetric part, so the norm is that of both.
+    if float(frobenius(raw).max()) / math.sqrt(2) < math.sqrt(2 / _NEAR_PI - 1) / 2:
         return A, True
-    cosines = torch.linalg.eigvalsh((core + core.mT) / 2)
+    cosines = torch.linalg.eigvalsh((core + core.mT).double() / 2)
     return A, float(cosines.amin()) + 1 >= _NEAR_PI
 
 

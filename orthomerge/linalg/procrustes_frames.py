@@ -20,6 +20,7 @@ from orthomerge.linalg.precision import working_dtype
 __all__ = ["Factored", "ProcrustesBase", "dense_fit", "qr_core_fit", "subspace_fit"]
 
 _RANK = 1e-10  # of a triangular factor's diagonal: below it the rows are taken as dependent
+_MODERATE = 100.0  # norm of K up to which no angle can be near pi
 _SINE = 1e-7  # a principal angle below it has no direction of its own
 
 
@@ -56,7 +57,7 @@ class ProcrustesBase:
 
 @dataclass(frozen=True)
 class Factored:
-    """One solution: ``R = I + S (core - I) S^T`` (S = I where ``frame`` is None), float64.
+    """One solution: ``R = I + S (core - I) S^T`` (S = I where ``frame`` is None), in float64 but for dense ones.
 
     ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
     """
@@ -68,7 +69,13 @@ class Factored:
     half: tuple[Tensor, Tensor, Tensor] | None = None
 
 
-def dense_fit(M: Tensor, anchor: float, method: PolarMethod, data: torch.dtype) -> Factored:
+def dense_fit(
+    M: Tensor,
+    anchor: float,
+    method: PolarMethod,
+    data: torch.dtype,
+    out: torch.dtype = torch.float64,
+) -> Factored:
     """Return polar(M + anchor I), or the minimal completion for anchor 0; M [..., n, n]."""
     if anchor == 0:
         flat = M.reshape(-1, *M.shape[-2:])
@@ -76,7 +83,7 @@ def dense_fit(M: Tensor, anchor: float, method: PolarMethod, data: torch.dtype) 
         return Factored(None, core, _measured(core, "svd"), "dense")
     N = M.clone()
     N.diagonal(dim1=-2, dim2=-1).add_(anchor)
-    core, report = polar_at_precision(N, method, data)
+    core, report = polar_at_precision(N, method, data, out)
     return Factored(None, core, report, "dense")
 
 
@@ -136,6 +143,8 @@ def _half_skew(Q: Tensor) -> Tensor | None:
     if bool(failed) or not bool(torch.isfinite(inverse).all()):
         return None
     K = eye - 2 * inverse
+    if float(frobenius(K)) > _MODERATE:
+        return None
     return (K - K.mT) / 2
 
 
