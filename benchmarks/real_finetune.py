@@ -65,6 +65,8 @@ def layer_table(base: Weights, tuned: Weights, anchor: float) -> list[dict[str, 
     for name, W0 in base.items():
         if W0.ndim != 2 or min(W0.shape) < 2 or tensor_role(name, W0.shape) == "other":
             continue
+        if name not in tuned or tuned[name].shape != W0.shape or torch.equal(tuned[name], W0):
+            continue
         D = (tuned[name] - W0).double()
         fit = procrustes_right(W0.double(), tuned[name].double(), anchor=anchor)
         change = float(D.norm())
@@ -74,6 +76,7 @@ def layer_table(base: Weights, tuned: Weights, anchor: float) -> list[dict[str, 
             {
                 "layer": name,
                 "shape": list(W0.shape),
+                "size": change,
                 "change": change / float(W0.double().norm()),
                 "residual_fraction": share,
                 "noise_level": noise,
@@ -107,7 +110,12 @@ def distance(first: Weights, second: Weights, base: Weights) -> float:
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the whole model's figures: shares weighted by the squared size of the change."""
+    """Return the whole model's figures: the shares are of the sum of all squared changes."""
+
+    def share(left: str) -> float:
+        total = sum(r["size"] ** 2 for r in rows)
+        return 1 - sum((r[left] * r["size"]) ** 2 for r in rows) / total
+
     return {
         "layers": len(rows),
         "smallest_residual_over_noise": min(r["residual_over_noise"] for r in rows),
@@ -115,9 +123,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             len(rows) // 2
         ],
         "layers_below_0.9_of_noise": sum(r["residual_over_noise"] < 0.9 for r in rows),
-        "rotational_share": 1
-        - sum((r["residual_fraction"] * r["change"]) ** 2 for r in rows)
-        / sum(r["change"] ** 2 for r in rows),
+        "rotational_share": share("residual_fraction"),
+        "noise_share": share("noise_level"),
     }
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         log_so,
         rotation_angles,
     )
+    from orthomerge.linalg.lowrank import leading_directions, orthonormal_frame
     from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction, merge_algebra
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
@@ -64,11 +65,13 @@ __all__ = [
     "hyperspherical_energy",
     "inverse_cayley",
     "karcher_mean",
+    "leading_directions",
     "log_from_cayley",
     "log_so",
     "merge_algebra",
     "merge_planes",
     "orthogonality",
+    "orthonormal_frame",
     "pack_skew",
     "packed_width",
     "plane_count",
@@ -86,10 +89,25 @@ __all__ = [
 
 # No module may carry the name of a function it exports: importing it would replace the function.
 _MODULES = {
-    "aligned_means": ("ProcrustesMeanReport", "procrustes_mean"),
-    "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
-    "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),
-    "energy": ("EnergyReport", "hyperspherical_energy"),
+    "aligned_means": (
+        "ProcrustesMeanReport",
+        "procrustes_mean",
+    ),
+    "blocks": (
+        "align_blocks",
+        "regroup_blocks",
+        "rotate_columns",
+    ),
+    "checks": (
+        "frobenius",
+        "orthogonality",
+        "require_finite",
+        "skewness",
+    ),
+    "energy": (
+        "EnergyReport",
+        "hyperspherical_energy",
+    ),
     "logarithms": (
         "cayley_angles",
         "cayley_from_log",
@@ -98,11 +116,27 @@ _MODULES = {
         "log_so",
         "rotation_angles",
     ),
-    "means": ("AlgebraMerge", "AlgebraSum", "Correction", "merge_algebra"),
-    "planes": ("PlanesReport", "merge_planes", "plane_count"),
+    "lowrank": (
+        "leading_directions",
+        "orthonormal_frame",
+    ),
+    "means": (
+        "AlgebraMerge",
+        "AlgebraSum",
+        "Correction",
+        "merge_algebra",
+    ),
+    "planes": (
+        "PlanesReport",
+        "merge_planes",
+        "plane_count",
+    ),
+    "polar_factors": (
+        "PolarMethod",
+        "PolarReport",
+        "polar_factor",
+    ),
     "precision": ("full_precision",),
-    "rotation_means": ("KarcherReport", "karcher_mean"),
-    "polar_factors": ("PolarMethod", "PolarReport", "polar_factor"),
     "procrustes_fits": (
         "ProcrustesFit",
         "automatic_anchor",
@@ -110,9 +144,24 @@ _MODULES = {
         "residual_noise_baseline",
     ),
     "procrustes_frames": ("ProcrustesBase",),
-    "rotations": ("apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"),
-    "skew": ("pack_skew", "unpack_skew"),
-    "triangular": ("block_size", "packed_width"),
+    "rotation_means": (
+        "KarcherReport",
+        "karcher_mean",
+    ),
+    "rotations": (
+        "apply_cayley",
+        "cayley",
+        "cayley_neumann",
+        "inverse_cayley",
+    ),
+    "skew": (
+        "pack_skew",
+        "unpack_skew",
+    ),
+    "triangular": (
+        "block_size",
+        "packed_width",
+    ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

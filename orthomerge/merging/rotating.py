@@ -31,7 +31,7 @@ def residual_over_noise(residual: float, change: float, rows: int, columns: int)
 def pairwise_rotational(
     matrices: Sequence[Tensor], limit: float, settings: dict[str, Any]
 ) -> tuple[bool, float | None]:
-    """Return whether some pair is below ``limit``, and the smallest ``residual_over_noise``, if any."""
+    """Return whether some pair is below ``limit``, and the smallest ``residual_over_noise``."""
     smallest = math.inf
     rows, columns = matrices[0].shape
     for first, second in itertools.combinations(matrices, 2):
