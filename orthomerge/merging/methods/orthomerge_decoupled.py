@@ -30,10 +30,9 @@ def _residual(
     base: Tensor, deltas: Sequence[Tensor], model: int, *, role: str, **parameters: Any
 ) -> Tensor:
     """Return what one model leaves to the residual method, for its survey of the whole model."""
-    from orthomerge.merging.decoupling import decouple
+    from orthomerge.merging.decoupling import residual_of
 
-    settings = _settings(parameters, len(deltas))
-    return decouple(base, deltas, settings, role, only=model).residuals[0]
+    return residual_of(base, deltas, _settings(parameters, len(deltas)), role, model)
 
 
 @merge_method(
