@@ -21,6 +21,7 @@ from torch import Tensor
 from orthomerge.linalg import (
     ProcrustesBase,
     apply_cayley,
+    frobenius,
     full_precision,
     polar_factor,
     procrustes_right,
@@ -155,28 +156,38 @@ def measure_polar(options: argparse.Namespace, device: torch.device) -> list[dic
     return rows
 
 
+def layer_runs(
+    W0: Tensor, Xs: list[Tensor], turned: dict[str, Tensor]
+) -> dict[str, Callable[[], object]]:
+    """Return what is timed for one layer; each step leaves its rotated weight in ``turned``."""
+
+    def reference() -> None:
+        turned["reference"] = reference_layer(W0, Xs)[0]
+
+    def ours(anchor: float) -> Callable[[], None]:
+        def run() -> None:
+            turned[f"ours-{anchor:g}"] = own_layer(W0, Xs, anchor)[0]
+
+        return run
+
+    def fit(anchor: float) -> Callable[[], object]:
+        return lambda: procrustes_right(W0, Xs[0], anchor=anchor)
+
+    runs: dict[str, Callable[[], object]] = {"reference": reference}
+    for anchor in ANCHORS:
+        runs |= {f"ours-{anchor:g}": ours(anchor), f"fit-{anchor:g}": fit(anchor)}
+    return runs
+
+
 def measure_layers(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
     """Measure the layer step and single fits over the shapes."""
     rows = []
     for name, shape in options.shapes.items():
         W0, Xs = layer_weights(shape, options.seed, device)
-        runs: dict[str, Callable[[], object]] = {
-            "reference": lambda W0=W0, Xs=Xs: reference_layer(W0, Xs)  # type: ignore[misc]
-        }
-        for anchor in ANCHORS:
-            runs[f"ours-{anchor:g}"] = lambda W0=W0, Xs=Xs, anchor=anchor: (  # type: ignore[misc]
-                own_layer(W0, Xs, anchor)
-            )
-            runs[f"fit-{anchor:g}"] = lambda W0=W0, Xs=Xs, anchor=anchor: (  # type: ignore[misc]
-                procrustes_right(W0, Xs[0], anchor=anchor)
-            )
+        turned: dict[str, Tensor] = {}
+        runs = layer_runs(W0, Xs, turned)
         times = interleaved(runs, options.rounds, device)
-        moved = {}
-        for label, step in (("reference", reference_layer), ("ours", own_layer)):
-            arguments = () if label == "reference" else (ANCHORS[0],)
-            turned = step(W0, Xs, *arguments)[0]  # type: ignore[operator]
-            change = torch.linalg.vector_norm(turned - W0) / torch.linalg.vector_norm(W0)
-            moved[label] = float(change)
+        moved = {label: float(frobenius(W - W0) / frobenius(W0)) for label, W in turned.items()}
         fits = [procrustes_right(W0, Xs[0], anchor=anchor) for anchor in ANCHORS]
         rows.append(
             {

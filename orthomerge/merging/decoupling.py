@@ -17,9 +17,11 @@ from torch import Tensor
 from orthomerge.linalg.logarithms import exp_so
 from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
 from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
+from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged
+from orthomerge.merging.roles import Role, rotated_roles
 from orthomerge.merging.rotating import residual_over_noise
 
 __all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled", "residual_of"]
@@ -43,7 +45,7 @@ class Settings:
     anchor: float
     block: int | None
     chart: str
-    roles: frozenset[str]
+    roles: frozenset[Role]
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], models: int) -> Settings:
@@ -54,9 +56,10 @@ class Settings:
             "residual", {"method": "tsv-m"} if robust else mean
         )
         gate, c_max, anchor = (parameters[key] for key in ("gate", "c_max", "anchor"))
-        roles = {"linear", "stack"}
-        roles |= {"embedding"} if parameters["include_embeddings"] else set()
-        roles |= {"convolution"} if parameters["rotate_conv"] else set()
+        roles = rotated_roles(
+            include_embeddings=parameters["include_embeddings"],
+            rotate_conv=parameters["rotate_conv"],
+        )
         return cls(
             mode=mode,
             variant=parameters["variant"],
@@ -70,7 +73,7 @@ class Settings:
             anchor=_ANCHORS[mode] if anchor is None else anchor,
             block=parameters["block"] or None,
             chart=parameters["chart"],
-            roles=frozenset(roles),
+            roles=roles,
         )
 
 
@@ -164,9 +167,9 @@ def decouple(
     W0 = base.reshape(base.shape[0], -1)
     flat = [delta.reshape(W0.shape) for delta in deltas]
     mean = sum(flat[1:], flat[0]) / len(flat) if settings.variant == "conflict-aware" else None
-    split = Decoupled()
+    split, prepared = Decoupled(), ProcrustesBase(W0)
     for at in chosen:
-        fit, residual, facts = _split_one(W0, flat[at], mean, settings)
+        fit, residual, facts = _split_one(prepared, flat[at], mean, settings)
         split.fits.append(fit)
         split.residuals.append(residual.reshape(base.shape))
         split.facts.append(facts)
@@ -174,9 +177,10 @@ def decouple(
 
 
 def _split_one(
-    W0: Tensor, delta: Tensor, mean: Tensor | None, settings: Settings
+    base: ProcrustesBase, delta: Tensor, mean: Tensor | None, settings: Settings
 ) -> tuple[ProcrustesFit | None, Tensor, dict[str, Any]]:
     """Return (rotation or None, residual, facts) of one model."""
+    W0 = base.weight
     rows, columns = W0.shape
     target = delta
     facts: dict[str, Any] = {"rotated": False}
@@ -188,7 +192,7 @@ def _split_one(
     if size == 0.0:
         return None, delta, facts
     fit = procrustes_right(
-        W0,
+        base,
         W0 + target,
         anchor=settings.anchor,
         block=settings.block,

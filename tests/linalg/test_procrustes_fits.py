@@ -129,7 +129,7 @@ def test_the_subspace_and_the_qr_core_are_exact(shape, fraction) -> None:
         pytest.fail("the case was meant to need no larger anchor")
 
 
-@pytest.mark.parametrize("shape,anchor", [((6, 20), 1e-6), ((6, 20), 1e-2), ((9, 8), 1e-6)])
+@pytest.mark.parametrize(("shape", "anchor"), [((6, 20), 1e-6), ((6, 20), 1e-2), ((9, 8), 1e-6)])
 def test_every_form_of_a_fit_says_the_same(shape, anchor) -> None:
     rs = np.random.RandomState(4)
     W0 = made(*shape, 10, rs)
@@ -324,7 +324,7 @@ def test_methods_agree_in_float32(method) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments,message",
+    ("arguments", "message"),
     [
         ({"anchor": -1.0}, "anchor"),
         ({"anchor": math.nan}, "anchor"),
@@ -335,6 +335,10 @@ def test_impossible_arguments_are_refused(arguments, message) -> None:
     W = torch.eye(4)
     with pytest.raises(NumericalError, match=message):
         procrustes_right(W, 2 * W, **arguments)
+
+
+def test_impossible_weights_are_refused() -> None:
+    W = torch.eye(4)
     with pytest.raises(NumericalError, match="one shape"):
         procrustes_right(W, torch.eye(3))
     with pytest.raises(NumericalError, match="not finite"):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.roles import rotated_roles, unfit_block
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def _workspace(shape: tuple[int, ...], models: int) -> int:
     divides_by_weight_sum=True,
     whole=True,
     workspace=_workspace,
+    unfit=unfit_block,
 )
 def geodesic(
     tensors: Sequence[Tensor],
@@ -77,8 +79,7 @@ def geodesic(
     """
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
-    rotates = role in {"linear", "stack"} or (role == "embedding" and include_embeddings)
-    if not rotates and not (role == "convolution" and rotate_conv):
+    if role not in rotated_roles(include_embeddings=include_embeddings, rotate_conv=rotate_conv):
         return Merged(_average(tensors, shares))
     limit = math.inf if gate == "off" else 1 - margin
     settings = {"anchor": anchor, "block": block or None}

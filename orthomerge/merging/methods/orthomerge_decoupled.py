@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.parameters import Between, NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.roles import unfit_block
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def _residual(
     divides_by_weight_sum=True,
     whole=True,
     workspace=_workspace,
+    unfit=unfit_block,
     residual=_residual,
 )
 def orthomerge_decoupled(
