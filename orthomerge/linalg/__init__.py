@@ -15,12 +15,8 @@ if TYPE_CHECKING:
     from orthomerge.linalg.means import AlgebraMerge, Correction, merge_algebra
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
-    from orthomerge.linalg.procrustes_fits import (
-        ProcrustesFit,
-        automatic_anchor,
-        procrustes_right,
-        residual_noise_baseline,
-    )
+    from orthomerge.linalg.procrustes_anchors import automatic_anchor, residual_noise_baseline
+    from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
     from orthomerge.linalg.procrustes_frames import ProcrustesBase
     from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
@@ -63,12 +59,8 @@ _MODULES = {
     "means": ("AlgebraMerge", "Correction", "merge_algebra"),
     "polar_factors": ("PolarMethod", "PolarReport", "polar_factor"),
     "precision": ("full_precision",),
-    "procrustes_fits": (
-        "ProcrustesFit",
-        "automatic_anchor",
-        "procrustes_right",
-        "residual_noise_baseline",
-    ),
+    "procrustes_anchors": ("automatic_anchor", "residual_noise_baseline"),
+    "procrustes_fits": ("ProcrustesFit", "procrustes_right"),
     "procrustes_frames": ("ProcrustesBase",),
     "rotations": ("apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"),
     "skew": ("pack_skew", "unpack_skew"),
