@@ -308,6 +308,8 @@ def _finish(
         skew=None if skew is None else skew.to(dtype),
         half=None if half is None else (half[0].to(dtype), half[1].to(dtype), half[2].to(dtype)),
     )
+    if found.misfit is not None:
+        return replace(fit, residual=float(frobenius(found.misfit)) * base.unit)
     return replace(fit, residual=float(frobenius(fit.apply(base.weight) - X)))
 
 

@@ -61,7 +61,8 @@ class Factored:
     """One solution: ``R = I + S (core - I) S^T``, S = I where ``frame`` is None.
 
     In float64, except that a dense fit of float32 data is in float32.
-    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
+    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known, and
+    ``misfit`` is W0 R - X in an orthonormal basis of the rows' span, in units of the base.
     """
 
     frame: Tensor | None
@@ -69,6 +70,7 @@ class Factored:
     report: PolarReport
     reduction: str
     half: tuple[Tensor, Tensor, Tensor] | None = None
+    misfit: Tensor | None = None
 
 
 def dense_fit(
@@ -93,9 +95,22 @@ def subspace_fit(
     base: ProcrustesBase, X: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
 ) -> Factored:
     """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S, _ = torch.linalg.qr(torch.cat([base.double.mT, X.mT], dim=1))
-    small = dense_fit((base.double @ S).mT @ (X @ S), anchor, method, data)
-    return Factored(S, small.core, small.report, "subspace")
+    S = _common_frame(base, X)
+    before, after = base.double @ S, X @ S
+    small = dense_fit(before.mT @ after, anchor, method, data)
+    misfit = before @ small.core - after
+    return Factored(S, small.core, small.report, "subspace", misfit=misfit)
+
+
+def _common_frame(base: ProcrustesBase, X: Tensor) -> Tensor:
+    """Return an orthonormal basis of the rows of W0 and X, starting with that of W0 alone."""
+    V0, L0 = base.rows
+    rest = X.mT - V0 @ (V0.mT @ X.mT)
+    f, L = torch.linalg.qr(rest)
+    # Where rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
+    if float(L.diagonal().abs().amin()) < 1e-8 * float(L0.abs().amax()):
+        return torch.linalg.qr(torch.cat([base.double.mT, X.mT], dim=1))[0]
+    return torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
 
 
 def qr_core_fit(
@@ -126,7 +141,8 @@ def qr_core_fit(
     core = torch.cat([torch.cat([Q * cosines, (Q * zero)[:, kept]], dim=1), lower])
     K = _half_skew(Q)
     half = None if K is None else ((a + b) / (1 + C), K, a)
-    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half)
+    misfit = L0.mT @ P - L1.mT
+    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half, misfit)
 
 
 def _principal(N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
