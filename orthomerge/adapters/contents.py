@@ -73,8 +73,6 @@ def _sort(
 ) -> None:
     found = next((one for one in parameters if name.endswith(f".{one}")), None)
     if found is not None:
-        if info.dtype not in FLOATS:
-            raise malformed(origin, info, "has an unsupported dtype", ", ".join(FLOATS), info.dtype)
         module = name.removesuffix(f".{found}").replace(".base_layer.", ".")
         contents.parameters.setdefault(module, {})[found] = info
         return
@@ -109,6 +107,11 @@ def build_modules(
     modules: dict[str, _Module] = {}
     for name, infos in contents.parameters.items():
         try:
+            for info in infos.values():
+                if info.dtype not in FLOATS:
+                    raise malformed(
+                        origin, info, "has an unsupported dtype", ", ".join(FLOATS), info.dtype
+                    )
             modules[name] = build(name, infos)
         except OrthoMergeError as error:
             contents.problems.setdefault(error.problem, error)

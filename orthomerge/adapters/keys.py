@@ -10,10 +10,12 @@ from collections.abc import Collection
 
 from orthomerge.errors import AdapterError
 
-__all__ = ["PREFIX", "base_tensor_name", "base_weight_name", "strip_prefix"]
+__all__ = ["NOT_IN_BASE", "PREFIX", "base_tensor_name", "base_weight_name", "strip_prefix"]
 
 #: What PEFT puts before every module path when it saves an adapter.
 PREFIX = "base_model.model."
+#: The problem of a name that a base does not have.
+NOT_IN_BASE = "is not in the base model"
 
 
 def strip_prefix(key: str, *, file: str | None = None) -> str:
@@ -84,7 +86,7 @@ def base_tensor_name(name: str, base_names: Collection[str]) -> str:
         )
     near = difflib.get_close_matches(name, base_names, n=3, cutoff=0.7)
     raise AdapterError(
-        "is not in the base model",
+        NOT_IN_BASE,
         tensor=name,
         expected=f"one of its tensors, e.g. {', '.join(near)}" if near else "one of its tensors",
         remedy="Give the base model that the adapter was trained on.",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from orthomerge.adapters.keys import base_tensor_name
+from orthomerge.adapters.keys import NOT_IN_BASE, base_tensor_name
 from orthomerge.adapters.lora_updates import lora_updates
 from orthomerge.adapters.rotation_updates import rotation_updates
 from orthomerge.adapters.sources import Source
@@ -69,12 +69,15 @@ class AdapterUpdates:
     replacements: dict[str, str]
 
 
-def adapter_updates(source: Source, base_tensors: Mapping[str, TensorInfo]) -> AdapterUpdates:
+def adapter_updates(
+    source: Source, base_tensors: Mapping[str, TensorInfo], *, tied: bool = False
+) -> AdapterUpdates:
     """Find the tensors of a base that an adapter changes, and check that they fit.
 
     Args:
         source: The adapter.
         base_tensors: Headers of the base.
+        tied: The base ties its embedding to its output head, see ``checkpoints.folder.is_tied``.
 
     Raises:
         AdapterError: Its kind is not supported, a module or shape is not in the base, ...
@@ -94,8 +97,10 @@ def adapter_updates(source: Source, base_tensors: Mapping[str, TensorInfo]) -> A
         found += lora_updates(source.lora, base_tensors, problems)
     elif source.rotations is not None:
         found += rotation_updates(source.rotations, base_tensors, problems)
-    if not found and len(problems) == len(adapter.modules):
+    if not found and all(problem.problem == NOT_IN_BASE for problem in problems):
         problems = [_foreign_base(source, next(iter(adapter.modules)), len(problems))]
+    if tied:
+        problems += _tied_problems(source)
     updates: dict[str, WeightUpdate] = {}
     for name, update in found:
         problems += _update_problems(source, name, update, updates, base_tensors[name])
@@ -173,9 +178,25 @@ def _replacements(
     return replaced
 
 
+def _tied_problems(source: Source) -> list[AdapterError]:
+    """Refuse to change an embedding that the output head shares: the head must not change."""
+    adapter = source.lora or source.rotations
+    modules = adapter.modules.values() if adapter else ()
+    return [
+        AdapterError(
+            "the adapter changes an embedding that this base ties to its output head",
+            file=source.origin,
+            tensor=module.name,
+            remedy="Untie the base: save it with tie_word_embeddings false.",
+        )
+        for module in modules
+        if module.kind == "embedding"
+    ]
+
+
 def _foreign_base(source: Source, module: str, count: int) -> AdapterError:
     return AdapterError(
-        f"none of the {count} modules that the adapter changes fits the base model",
+        f"none of the {count} modules that the adapter changes is in the base model",
         file=source.origin,
         expected=f"a tensor like '{module}.weight'",
         remedy="Give the base that it was trained on. If it is that one, transformers saved it "
