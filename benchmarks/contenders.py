@@ -141,6 +141,11 @@ def orthomerge_merge(method: Method, *, max_shard_size: str | None = None) -> Co
     return Contender(name, (*command, "--output", OUTPUT))
 
 
+def orthomerge_command() -> tuple[str, ...]:
+    """Return how orthomerge is started."""
+    return _ORTHOMERGE
+
+
 def mergekit_merge(method: Method) -> Contender:
     """Return the same merge by mergekit, with its default flags."""
     command = ("mergekit-yaml", f"mergekit-{method.name}.yml", OUTPUT)

@@ -22,11 +22,20 @@ if TYPE_CHECKING:
         log_so,
         rotation_angles,
     )
+    from orthomerge.linalg.lowrank import leading_directions, orthonormal_frame
     from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction, merge_algebra
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
+    from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
+    from orthomerge.linalg.procrustes_fits import (
+        ProcrustesFit,
+        automatic_anchor,
+        procrustes_right,
+        residual_noise_baseline,
+    )
+    from orthomerge.linalg.procrustes_frames import ProcrustesBase
     from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
-    from orthomerge.linalg.rotations import cayley, cayley_neumann, inverse_cayley
+    from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
 
@@ -37,8 +46,14 @@ __all__ = [
     "EnergyReport",
     "KarcherReport",
     "PlanesReport",
+    "PolarMethod",
+    "PolarReport",
+    "ProcrustesBase",
+    "ProcrustesFit",
     "ProcrustesMeanReport",
     "align_blocks",
+    "apply_cayley",
+    "automatic_anchor",
     "block_size",
     "cayley",
     "cayley_angles",
@@ -50,17 +65,22 @@ __all__ = [
     "hyperspherical_energy",
     "inverse_cayley",
     "karcher_mean",
+    "leading_directions",
     "log_from_cayley",
     "log_so",
     "merge_algebra",
     "merge_planes",
     "orthogonality",
+    "orthonormal_frame",
     "pack_skew",
     "packed_width",
     "plane_count",
+    "polar_factor",
     "procrustes_mean",
+    "procrustes_right",
     "regroup_blocks",
     "require_finite",
+    "residual_noise_baseline",
     "rotate_columns",
     "rotation_angles",
     "skewness",
@@ -69,10 +89,25 @@ __all__ = [
 
 # No module may carry the name of a function it exports: importing it would replace the function.
 _MODULES = {
-    "aligned_means": ("ProcrustesMeanReport", "procrustes_mean"),
-    "blocks": ("align_blocks", "regroup_blocks", "rotate_columns"),
-    "checks": ("frobenius", "orthogonality", "require_finite", "skewness"),
-    "energy": ("EnergyReport", "hyperspherical_energy"),
+    "aligned_means": (
+        "ProcrustesMeanReport",
+        "procrustes_mean",
+    ),
+    "blocks": (
+        "align_blocks",
+        "regroup_blocks",
+        "rotate_columns",
+    ),
+    "checks": (
+        "frobenius",
+        "orthogonality",
+        "require_finite",
+        "skewness",
+    ),
+    "energy": (
+        "EnergyReport",
+        "hyperspherical_energy",
+    ),
     "logarithms": (
         "cayley_angles",
         "cayley_from_log",
@@ -81,13 +116,52 @@ _MODULES = {
         "log_so",
         "rotation_angles",
     ),
-    "means": ("AlgebraMerge", "AlgebraSum", "Correction", "merge_algebra"),
-    "planes": ("PlanesReport", "merge_planes", "plane_count"),
+    "lowrank": (
+        "leading_directions",
+        "orthonormal_frame",
+    ),
+    "means": (
+        "AlgebraMerge",
+        "AlgebraSum",
+        "Correction",
+        "merge_algebra",
+    ),
+    "planes": (
+        "PlanesReport",
+        "merge_planes",
+        "plane_count",
+    ),
+    "polar_factors": (
+        "PolarMethod",
+        "PolarReport",
+        "polar_factor",
+    ),
     "precision": ("full_precision",),
-    "rotation_means": ("KarcherReport", "karcher_mean"),
-    "rotations": ("cayley", "cayley_neumann", "inverse_cayley"),
-    "skew": ("pack_skew", "unpack_skew"),
-    "triangular": ("block_size", "packed_width"),
+    "procrustes_fits": (
+        "ProcrustesFit",
+        "automatic_anchor",
+        "procrustes_right",
+        "residual_noise_baseline",
+    ),
+    "procrustes_frames": ("ProcrustesBase",),
+    "rotation_means": (
+        "KarcherReport",
+        "karcher_mean",
+    ),
+    "rotations": (
+        "apply_cayley",
+        "cayley",
+        "cayley_neumann",
+        "inverse_cayley",
+    ),
+    "skew": (
+        "pack_skew",
+        "unpack_skew",
+    ),
+    "triangular": (
+        "block_size",
+        "packed_width",
+    ),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,6 +1,13 @@
 """The mean of weights that differ by rotations of their input space: the base-free merge.
 
 Every weight is written as one shared centre times a rotation of its own; the centre is returned.
+How weights get here, and which of them are worth rotating, is decided elsewhere.
+
+SLERP turns the flattened weight, one vector, within the plane that two of them span. This turns
+the input space by one rotation that all rows share, in up to n/2 planes at once: for weights that
+differ by a rotation the row norms, the angles between rows and the singular values all stay as
+they are, of which SLERP keeps only the total norm. It takes any number of models; what is no
+rotation is averaged.
 """
 
 from __future__ import annotations
@@ -70,25 +77,17 @@ def procrustes_mean(
 
     Pairs are fitted first, ``R_ij = polar(W_i^T W_j + lambda I)``, and
     ``R_i = exp(sum_j w_j log R_ji)``; two models are the ends of one geodesic. Sweeps then
-    remove the anchor's bias: ``R <- polar(M + lambda R)`` with M of the pair for two models, of
-    centre and model for more, with C and the frame (mean log zero) renewed in every sweep. Such
-    proximal steps end at the unanchored fit wherever the weights determine one, while directions
-    they do not determine, as the null space of a wide weight (o < n), stay where they started: at
-    the identity.
+    remove the anchor's bias, ``R <- polar(M + lambda R)`` with M of the pair for two models, of
+    centre and model for more, where C and the frame (mean log zero) are renewed every time. Such
+    proximal steps end at the unanchored fit where the weights determine one; what they do not
+    determine, as the null space of a wide weight (o < n), stays at the identity.
 
     Laws: the order of the models does not matter; equal models come back bit for bit; without a
     rotation between them, as when all ``W_i^T W_j`` are symmetric and positive, C is the weighted
-    average; for ``W_2 = W_1 R`` of full column rank C is ``W_1 R^{w_2}``; for ``W_i = C R_i`` with
-    commuting R_i of mean identity it is C.
-
-    SLERP turns the flattened weight, one vector, within the plane that two of them span. This
-    turns the input space by one rotation that all rows share, in up to n/2 planes at once: for
-    weights that differ by a rotation the row norms, the angles between rows and the singular
-    values all stay as they are, of which SLERP keeps none but the total norm. It takes any
-    number of models, and what is no rotation is averaged.
+    average; ``W_2 = W_1 R`` of full column rank gives ``W_1 R^{w_2}``; ``W_i = C R_i`` gives C.
 
     Args:
-        Ws: The T weights, one shape. All is computed in float64, T + 2 copies of them.
+        Ws: The T weights, one shape. All is computed in float64, in about 2 T copies.
         weights: T weights >= 0, normalised to sum 1 here; a weight of 0 leaves the model out.
         anchor: ``lambda = anchor sum_i w_i ||W_i||_F^2 / n``, positive. It keeps input directions
             with little energy from turning by what is noise.
@@ -113,24 +112,16 @@ def procrustes_mean(
     _check(Ws, anchor, block, max_sweeps)
     shares = weight_shares(weights, len(Ws))
     used = [i for i, share in enumerate(shares) if share > 0]
-    dtype, first = working_dtype(*Ws), Ws[used[0]]
+    dtype, first = working_dtype(*Ws), require_finite(Ws[used[0]], "a weight")
     if all(torch.equal(Ws[i], first) for i in used):
-        require_finite(first, "a weight")
         zeros = (0.0,) * len(Ws)
         return first.to(dtype, copy=True), ProcrustesMeanReport(0, True, zeros, zeros)
-    columns = first.shape[1]
-    X = torch.stack([_blocks(require_finite(Ws[i], "a weight"), block or columns) for i in used])
+    size = block or first.shape[1]
+    X = torch.stack([_blocks(require_finite(Ws[i], "a weight"), size) for i in used])
     fit = _Fit(X, [shares[i] for i in used], anchor, tolerance=_tolerance(dtype))
     converged = fit.refine(max_sweeps)
     C = fit.centre.transpose(0, 1).reshape(first.shape).to(dtype)
-    angles, rotational = [0.0] * len(Ws), [0.0] * len(Ws)
-    for i, angle, share in zip(used, fit.angles(), fit.rotational_shares(), strict=True):
-        angles[i], rotational[i] = angle, share
-    counts = (fit.raised, fit.unrotated, int(fit.held.sum()))
-    found = (tuple(angles), tuple(rotational))
-    return require_finite(C, "the mean"), ProcrustesMeanReport(
-        fit.sweeps, converged, *found, *counts
-    )
+    return require_finite(C, "the mean"), _report(fit, converged, used, len(Ws))
 
 
 class _Fit:
@@ -228,6 +219,14 @@ class _Fit:
         return shares
 
 
+def _report(fit: _Fit, converged: bool, used: list[int], count: int) -> ProcrustesMeanReport:
+    angles, rotational = [0.0] * count, [0.0] * count
+    for i, angle, share in zip(used, fit.angles(), fit.rotational_shares(), strict=True):
+        angles[i], rotational[i] = angle, share
+    counts = (fit.raised, fit.unrotated, int(fit.held.sum()))
+    return ProcrustesMeanReport(fit.sweeps, converged, tuple(angles), tuple(rotational), *counts)
+
+
 def _polar(M: torch.Tensor) -> torch.Tensor:
     U, _, Vh = torch.linalg.svd(M)
     R: torch.Tensor = U @ Vh
@@ -243,7 +242,7 @@ def _weighted(X: torch.Tensor, shares: list[float]) -> torch.Tensor:
 
 def _blocks(W: torch.Tensor, size: int) -> torch.Tensor:
     """Split the columns; [o, n] -> [n / size, o, size] in float64."""
-    return W.double().unflatten(-1, (-1, size)).transpose(0, 1)
+    return W.double().reshape(W.shape[0], -1, size).transpose(0, 1)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

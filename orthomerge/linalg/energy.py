@@ -94,8 +94,8 @@ def _energy_of(X: torch.Tensor, start: int) -> tuple[float, int]:
     squares = 2 - 2 * (rows @ X[start:].mT)
     later = torch.ones_like(squares, dtype=torch.bool).triu(1)
     close_rows, close_columns = (later & (squares < _CLOSE)).nonzero(as_tuple=True)
-    for part in torch.arange(close_rows.numel(), device=X.device).split(_CHUNK):
-        i, j = close_rows[part], close_columns[part]
+    for first in range(0, close_rows.numel(), _CHUNK):
+        i, j = (axis[first : first + _CHUNK] for axis in (close_rows, close_columns))
         squares[i, j] = (rows[i] - X[start + j]).square().sum(dim=-1)
     apart = later & (squares >= _COINCIDENT**2)
     energy = torch.where(apart, squares, 1.0).rsqrt().where(apart, 0.0).sum()

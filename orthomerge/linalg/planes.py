@@ -101,11 +101,7 @@ def merge_planes(
     True
     """
     count, size = As.shape[0], As.shape[-1]
-    kept = min(plane_count(size, count), size // 2) if planes is None else planes
-    if not (1 <= kept <= size // 2 or (planes is None and kept == 0)):
-        raise NumericalError(
-            f"a block of {size} has no {kept} planes", expected=f"1 to {size // 2}", found=kept
-        )
+    kept = _planes_to_keep(planes, size, count)
     factors = _factors(weights, count, strength).to(As.device)
     X = require_finite(As, "an input of the merge").double()
     U, V, theta = _largest_planes((X - X.mT) / 2, kept)
@@ -118,14 +114,18 @@ def merge_planes(
     half = (left * (strength * _side_by_side(weighted[..., None, :]))) @ right.mT
     merged = (half - half.mT).to(working_dtype(As))
     empty = int((weighted == 0).sum())
-    report = PlanesReport(
-        planes=kept,
-        kept=_kept_shares(X, theta),
-        empty=empty,
-        dependent=dependent - 2 * empty,
-        merged_norm=float(torch.linalg.vector_norm(frobenius(merged))),
-    )
-    return merged, report
+    norm = float(torch.linalg.vector_norm(frobenius(merged)))
+    return merged, PlanesReport(kept, _kept_shares(X, theta), empty, dependent - 2 * empty, norm)
+
+
+def _planes_to_keep(planes: int | None, size: int, count: int) -> int:
+    if planes is None:
+        return min(plane_count(size, count), size // 2)
+    if not 1 <= planes <= size // 2:
+        raise NumericalError(
+            f"a block of {size} has no {planes} planes", expected=f"1 to {size // 2}", found=planes
+        )
+    return planes
 
 
 def _largest_planes(

@@ -111,7 +111,8 @@ def _chordal_mean(X: torch.Tensor, shares: list[float]) -> torch.Tensor:
     U, _, Vh = torch.linalg.svd(torch.tensordot(factors, X, dims=1))
     if U.shape[-1]:  # keep the determinant at 1 where the average says otherwise
         U[..., :, -1] *= torch.linalg.slogdet(U @ Vh).sign[..., None]
-    return U @ Vh
+    R: torch.Tensor = U @ Vh
+    return R
 
 
 def _largest(values: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from orthomerge.errors import NumericalError
 from orthomerge.linalg.checks import frobenius, require_finite
 from orthomerge.linalg.precision import full_precision, working_dtype
 
-__all__ = ["cayley", "cayley_neumann", "inverse_cayley"]
+__all__ = ["apply_cayley", "cayley", "cayley_neumann", "inverse_cayley"]
 
 _MAX_ASYMMETRY = 1e-2  # relative, per entry; rounding alone stays below a tenth of it
 
@@ -45,6 +45,44 @@ def cayley(A: torch.Tensor) -> torch.Tensor:
     eye = torch.eye(X.shape[-1], dtype=X.dtype, device=X.device)
     R: torch.Tensor = torch.linalg.solve(eye - X, eye + X)
     return require_finite(R, "the Cayley map of A")
+
+
+@full_precision()
+def apply_cayley(W: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+    """Rotate the columns of a weight by one solve, without forming the rotation.
+
+    ``W Cayley(A) = 2 W (I - A)^{-1} - W``; W [..., o, n], A [n, n] or diagonal blocks
+    [nb, b, b] with ``nb b = n``.
+
+    Args:
+        W: The weight.
+        A: Skew-symmetric, so that I - A is always invertible.
+
+    Returns:
+        The rotated weight, in the wider dtype of the two, at least float32.
+
+    Raises:
+        NumericalError: The shapes do not fit, or the result is not finite.
+
+    >>> apply_cayley(torch.eye(2), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    tensor([[ 0.,  1.],
+            [-1.,  0.]])
+    """
+    dtype = working_dtype(W, A)
+    W, A = W.to(dtype), A.to(dtype)
+    blocks = A if A.dim() == 3 else A[None]
+    count, size = blocks.shape[0], blocks.shape[-1]
+    if count * size != W.shape[-1]:
+        raise NumericalError(
+            "the skew matrix does not fill the columns",
+            expected=f"{W.shape[-1]} columns",
+            found=f"{count} blocks of {size}",
+        )
+    eye = torch.eye(size, dtype=dtype, device=W.device)
+    rows = W.reshape(-1, count, size).transpose(0, 1)
+    solved = torch.linalg.solve(eye - blocks, rows, left=False)
+    rotated = 2 * solved.transpose(0, 1).reshape(W.shape) - W
+    return require_finite(rotated, "the rotated weight")
 
 
 @full_precision()
@@ -148,14 +186,3 @@ def _spectral_bound(A: torch.Tensor) -> float:
     if bound <= 1 / math.sqrt(torch.finfo(A.dtype).eps):
         return bound
     return float(torch.linalg.matrix_norm(A, 2).max())
-
-
-@full_precision()
-def apply_cayley(W: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-    """Return ``W Cayley(A)`` by one solve."""
-    eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
-    if A.ndim == 3:
-        grouped = W.reshape(len(W), A.shape[0], -1).transpose(0, 1)
-        turned = 2 * torch.linalg.solve(eye - A, grouped, left=False) - grouped
-        return turned.transpose(0, 1).reshape(W.shape)
-    return 2 * torch.linalg.solve(eye - A, W, left=False) - W

@@ -16,16 +16,15 @@ from torch import Tensor
 
 from orthomerge.linalg.logarithms import exp_so
 from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
-from orthomerge.linalg.procrustes_fits import (
-    ProcrustesFit,
-    procrustes_right,
-    residual_noise_baseline,
-)
+from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
+from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged
+from orthomerge.merging.roles import Role, rotated_roles
+from orthomerge.merging.rotating import residual_over_noise
 
-__all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled"]
+__all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled", "residual_of"]
 
 _ANCHORS = {"robust": 1e-3, "faithful": 1e-6, "reproduce": 0.0}
 
@@ -46,7 +45,7 @@ class Settings:
     anchor: float
     block: int | None
     chart: str
-    roles: frozenset[str]
+    roles: frozenset[Role]
 
     @classmethod
     def of(cls, parameters: Mapping[str, Any], models: int) -> Settings:
@@ -57,9 +56,10 @@ class Settings:
             "residual", {"method": "tsv-m"} if robust else mean
         )
         gate, c_max, anchor = (parameters[key] for key in ("gate", "c_max", "anchor"))
-        roles = {"linear", "stack"}
-        roles |= {"embedding"} if parameters["include_embeddings"] else set()
-        roles |= {"convolution"} if parameters["rotate_conv"] else set()
+        roles = rotated_roles(
+            include_embeddings=parameters["include_embeddings"],
+            rotate_conv=parameters["rotate_conv"],
+        )
         return cls(
             mode=mode,
             variant=parameters["variant"],
@@ -73,7 +73,7 @@ class Settings:
             anchor=_ANCHORS[mode] if anchor is None else anchor,
             block=parameters["block"] or None,
             chart=parameters["chart"],
-            roles=frozenset(roles),
+            roles=roles,
         )
 
 
@@ -104,32 +104,44 @@ def merge_decoupled(
     if not any(bool(delta.any()) for delta in deltas):
         return Merged(base.clone())
     if role == "stack" and role in settings.roles:
-        return _merge_stack(base, deltas, weights, settings, survey)
+        parts = [
+            _merge_rotations(W0, [d[at] for d in deltas], weights, settings, "linear")
+            for at, W0 in enumerate(base)
+        ]
+        rotated = torch.stack([part[0] for part in parts])
+        residuals = [torch.stack(each) for each in zip(*(part[1] for part in parts), strict=True)]
+        facts: dict[str, Any] = {"stack": [part[2] for part in parts]}
+    else:
+        rotated, residuals, facts = _merge_rotations(base, deltas, weights, settings, role)
+    nested = {"weights": weights, "role": role, "survey": survey}
+    return Merged(run_nested(settings.residual, rotated, residuals, **nested), facts)
+
+
+def _merge_rotations(
+    base: Tensor, deltas: Sequence[Tensor], weights: Sequence[float], settings: Settings, role: str
+) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+    """Return W_0 R with the merged R, what is left of each model, and facts, for one matrix."""
     split = decouple(base, deltas, settings, role)
     rotated, merge = _rotate(base, split.fits, weights, settings)
-    nested = {"weights": weights, "role": role, "survey": survey}
-    tensor = run_nested(settings.residual, rotated, split.residuals, **nested)
     facts: dict[str, Any] = {"models": split.facts} if split.facts else {}
     if merge is not None:
         moved = torch.linalg.vector_norm(rotated - base) / torch.linalg.vector_norm(base)
         facts |= {"correction": merge.factors, "merged_norm": merge.merged_norm}
         facts |= {"capped": merge.capped, "zeroed": merge.zeroed, "moved": float(moved)}
-    return Merged(tensor, facts)
+    return rotated, split.residuals, facts
 
 
-def _merge_stack(
-    base: Tensor,
-    deltas: Sequence[Tensor],
-    weights: Sequence[float],
-    settings: Settings,
-    survey: Any,
-) -> Merged:
-    """Merge the matrices of a stack of experts one by one."""
+def residual_of(
+    base: Tensor, deltas: Sequence[Tensor], settings: Settings, role: str, model: int
+) -> Tensor:
+    """Return what one model leaves to the residual method; of a stack, matrix by matrix."""
+    if role != "stack" or role not in settings.roles:
+        return decouple(base, deltas, settings, role, only=model).residuals[0]
     parts = [
-        merge_decoupled(W0, [d[at] for d in deltas], weights, settings, "linear", survey)
+        decouple(W0, [d[at] for d in deltas], settings, "linear", only=model).residuals[0]
         for at, W0 in enumerate(base)
     ]
-    return Merged(torch.stack([p.tensor for p in parts]), {"stack": [dict(p.facts) for p in parts]})
+    return torch.stack(parts)
 
 
 def decouple(
@@ -143,7 +155,7 @@ def decouple(
     """Split each model's update into a rotation of the base and what is left.
 
     Args:
-        base: W_0, any shape.
+        base: W_0, any shape but a stack, whose matrices are split one by one.
         deltas: D_i, of its shape.
         settings: The method's settings.
         role: What the tensor is; those the settings do not rotate are left as they are.
@@ -155,9 +167,9 @@ def decouple(
     W0 = base.reshape(base.shape[0], -1)
     flat = [delta.reshape(W0.shape) for delta in deltas]
     mean = sum(flat[1:], flat[0]) / len(flat) if settings.variant == "conflict-aware" else None
-    split = Decoupled()
+    split, prepared = Decoupled(), ProcrustesBase(W0)
     for at in chosen:
-        fit, residual, facts = _split_one(W0, flat[at], mean, settings)
+        fit, residual, facts = _split_one(prepared, flat[at], mean, settings)
         split.fits.append(fit)
         split.residuals.append(residual.reshape(base.shape))
         split.facts.append(facts)
@@ -165,30 +177,31 @@ def decouple(
 
 
 def _split_one(
-    W0: Tensor, delta: Tensor, mean: Tensor | None, settings: Settings
+    base: ProcrustesBase, delta: Tensor, mean: Tensor | None, settings: Settings
 ) -> tuple[ProcrustesFit | None, Tensor, dict[str, Any]]:
     """Return (rotation or None, residual, facts) of one model."""
+    W0 = base.weight
     rows, columns = W0.shape
     target = delta
     facts: dict[str, Any] = {"rotated": False}
     if mean is not None:
         opposed = (delta * mean).sum(dim=1) < 0
-        rows = facts["conflict_rows"] = int(opposed.sum())
+        facts["conflict_rows"] = int(opposed.sum())
         target = torch.where(opposed[:, None], delta, 0.0)
     size = float(torch.linalg.vector_norm(target))
     if size == 0.0:
         return None, delta, facts
     fit = procrustes_right(
-        W0,
+        base,
         W0 + target,
         anchor=settings.anchor,
         block=settings.block,
         null="svd" if settings.mode == "reproduce" else "identity",
     )
-    share = fit.residual / size
-    noise = residual_noise_baseline(rows, settings.block or columns)
-    facts |= {"residual_fraction": share, "noise_level": noise, "retries": fit.retries}
-    if settings.gate and share >= (1 - settings.margin) * noise:
+    noise = residual_over_noise(fit.residual, size, rows, settings.block or columns)
+    facts |= {"residual_fraction": fit.residual / size, "residual_over_noise": noise}
+    facts["retries"] = fit.retries
+    if settings.gate and noise >= 1 - settings.margin:
         return None, delta, facts
     facts["rotated"] = True
     return fit, (W0 - fit.apply(W0)) + delta, facts
@@ -200,14 +213,22 @@ def _rotate(
     weights: Sequence[float],
     settings: Settings,
 ) -> tuple[Tensor, AlgebraMerge | None]:
-    """Return W_0 R with R the merged rotation; W_0 itself where nothing rotates."""
+    """Return W_0 R with R the merged rotation; W_0 itself where nothing rotates.
+
+    A model without a rotation counts as the identity: its weight stays in the mean.
+    """
     if not any(fits):
         return base, None
     total = math.fsum(weights)
-    algebra = AlgebraSum()
+    algebra, unrotated = AlgebraSum(), 0.0
     for fit, weight in zip(fits, weights, strict=True):
-        if fit is not None:
-            algebra.add(fit.generator(settings.chart), weight / total)
+        if fit is None:
+            unrotated += weight / total
+        else:
+            A = fit.generator(settings.chart)
+            algebra.add(A, weight / total)
+    if unrotated:
+        algebra.add(torch.zeros_like(A), unrotated)
     A, merge = algebra.merged(
         strength=settings.strength,
         correction=settings.correction,

@@ -77,6 +77,7 @@ class MergeMethod:
         residual: For a method with a nested one: ``(base, delta, mean_delta, *, weights, role,
             **parameters)`` gives what is left of one model's delta for the nested method.
         dense: Id of the method that takes its place for sources it cannot read.
+        unfit: ``(shape, role, parameters)`` says why a whole tensor cannot be merged, or None.
     """
 
     name: str
@@ -94,6 +95,7 @@ class MergeMethod:
     workspace: Callable[[tuple[int, ...], int], int] | None = None
     residual: Callable[..., Any] | None = None
     dense: str | None = None
+    unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None
 
     @property
     def nests(self) -> bool:
@@ -156,6 +158,7 @@ def merge_method(
     workspace: Callable[[tuple[int, ...], int], int] | None = None,
     residual: Callable[..., Any] | None = None,
     dense: str | None = None,
+    unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register a pure function as a merge method.
 
@@ -190,6 +193,7 @@ def merge_method(
             workspace,
             residual,
             dense,
+            unfit,
         )
         return function
 

@@ -6,11 +6,12 @@ shape.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
-__all__ = ["Role", "tensor_role"]
+__all__ = ["Role", "rotated_roles", "tensor_role", "unfit_block"]
 
 Role = Literal["linear", "embedding", "convolution", "stack", "other"]
 
@@ -42,6 +43,24 @@ def tensor_role(name: str, shape: Sequence[int]) -> Role:
     if len(shape) == 3 and _EXPERTS.search(name):
         return "stack"
     return "convolution"
+
+
+def rotated_roles(*, include_embeddings: bool, rotate_conv: bool) -> frozenset[Role]:
+    """Return the roles whose input side a method rotates."""
+    roles: set[Role] = {"linear", "stack"}
+    roles |= {"embedding"} if include_embeddings else set()
+    roles |= {"convolution"} if rotate_conv else set()
+    return frozenset(roles)
+
+
+def unfit_block(shape: tuple[int, ...], role: str, parameters: Mapping[str, Any]) -> str | None:
+    """Return why a tensor cannot be rotated in blocks of the size asked for, or None."""
+    block = parameters["block"]
+    wanted = {key: parameters[key] for key in ("include_embeddings", "rotate_conv")}
+    if not block or role not in rotated_roles(**wanted):
+        return None
+    columns = shape[-1] if role == "stack" else math.prod(shape[1:])
+    return f"block: {block} does not divide its {columns} inputs" if columns % block else None
 
 
 assert set(get_args(Role)) == {"linear", "embedding", "convolution", "stack", "other"}

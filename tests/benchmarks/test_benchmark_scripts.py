@@ -192,3 +192,19 @@ def test_merge_exactness_writes_every_field(tmp_path: Path) -> None:
         assert figures["relative_error"] == pytest.approx(
             figures["relative_error_rounded_once"], rel=1e-3
         )
+
+
+def test_geometry_writes_every_field(tmp_path: Path) -> None:
+    result = run_script("geometry.py", tmp_path)
+    assert {"command", "machine", "versions", "threads", "seed", "rounds"} <= set(result)
+    assert [row["name"] for row in result["layers"]] == ["square", "tall", "wide", "widest"]
+    for row in result["layers"]:
+        wide = row["name"].startswith("wide")
+        assert row["reductions"] == (["qr-core", "subspace"] if wide else ["dense", "dense"])
+        assert row["times"]["reference"]["best_seconds"] > 0
+        assert row["relative_move"]["ours-1e-06"] < 0.05
+        assert set(row["reference_over_ours"]) == {"1e-06", "0.001"}
+    for row in result["polar"]:
+        for method in ("svd", "eigh", "newton", "qdwh", "quintic"):
+            assert row["methods"][method]["error"] < (0.01 if row["dtype"] == "float32" else 1e-7)
+    assert len(result["targets"]) == 8

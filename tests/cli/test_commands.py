@@ -41,7 +41,7 @@ def test_merge_of_two_files_needs_nothing_else(files, run) -> None:
     code, out, err = run("merge", "a.safetensors", "b.safetensors")
     assert code == 0
     assert out == "merged.safetensors\n"
-    assert "linear, chosen by the inputs" in err
+    assert "geodesic, chosen by the inputs" in err
     a, b, merged = (load_file(f"{n}.safetensors") for n in ("a", "b", "merged"))
     torch.testing.assert_close(merged["layers.0.w"], (a["layers.0.w"] + b["layers.0.w"]) / 2)
 
@@ -170,7 +170,7 @@ def test_plan_says_what_would_happen_and_writes_nothing(files, run) -> None:
         assert words in out
     _, out, _ = run("plan", "a.safetensors", "b.safetensors", "--json")
     facts = json.loads(out)
-    assert (facts["read_bytes"], facts["tensors"], facts["method"]) == (384, 2, "linear")
+    assert (facts["read_bytes"], facts["tensors"], facts["method"]) == (384, 2, "geodesic")
     assert run("merge", "a.safetensors", "b.safetensors", "--dry-run")[0] == 0
     assert set(files.iterdir()) == before
 
@@ -189,7 +189,7 @@ def test_validate_reports_all_files_at_once(files, run) -> None:
 def test_inspect_shows_kind_sizes_and_provenance(files, run) -> None:
     run("merge", "a.safetensors", "b.safetensors", "-q")
     _, out, _ = run("inspect", "merged.safetensors", "--tensors", "--hash")
-    for words in ("full checkpoint", "48 in 2 tensors", "F32", "linear", "layers.0.w", "blake3:"):
+    for words in ("full checkpoint", "48 in 2 tensors", "F32", "geodesic", "layers.0.w", "blake3:"):
         assert words in out
     _, out, _ = run("inspect", "merged.safetensors", "--json", "--hash")
     facts = json.loads(out)

@@ -132,7 +132,10 @@ def test_the_function_does_not_change_its_inputs(method, monkeypatch) -> None:
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes_agree_with_fp64_up_to_one_rounding(method, dtype) -> None:
-    models, base = models_for(method, dtype=dtype), model(99, dtype)
+    base = model(99, dtype)
+    models = models_for(method, dtype=dtype)
+    if method.nests:  # what is rotated is decided, so models that have nothing in common may flip
+        models = [{n: (base[n] + v / 8).to(dtype) for n, v in m.items()} for m in models]
     found = run(method, models, base)
     exact = run(
         method,

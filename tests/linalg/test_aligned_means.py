@@ -210,10 +210,22 @@ def test_a_reflection_is_not_taken_for_a_rotation(count: int) -> None:
     mirror = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64))
     Ws = [W, W @ mirror, W.clone()][:count]
     C, report = procrustes_mean(Ws, [1.0] * count)
-    assert report.raised == count - 1
+    assert (report.raised, report.unrotated) == (count - 1, 0)
     assert report.frozen == 1, "refining would creep towards the reflection"
     assert max(report.angles) < 0.5
     assert float((C - sum(Ws) / count).norm() / W.norm()) < 0.15
+
+
+def test_refinement_ends_at_the_best_rotation_where_a_reflection_fits_better() -> None:
+    """From a large anchor; the best rotation flips the smallest singular vector (Kabsch)."""
+    W = well_conditioned(0, 6, 4)
+    mirror = torch.diag(torch.tensor([1.0, 1.0, 1.0, -1.0], dtype=torch.float64))
+    _, report = procrustes_mean([W, W @ mirror], [0.5, 0.5], anchor=1.0, max_sweeps=300)
+    U, _, Vh = np.linalg.svd((W.mT @ W @ mirror).numpy())
+    best = U @ np.diag([1, 1, 1, np.linalg.det(U @ Vh)]) @ Vh
+    angle = np.abs(np.angle(np.linalg.eigvals(best))).max()
+    assert (report.raised, report.frozen, report.converged) == (0, 0, True)
+    assert report.angles == pytest.approx((angle / 2, angle / 2), abs=1e-6)
 
 
 def test_opposite_models_cancel() -> None:

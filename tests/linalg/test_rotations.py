@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import (
+    apply_cayley,
     cayley,
     cayley_neumann,
     inverse_cayley,
@@ -195,3 +196,25 @@ def test_series_differs_from_cayley_by_its_first_missing_power(
     m = max(3, terms - 1)
     remainder = cayley(Q) @ torch.linalg.matrix_power(Q, m)
     torch.testing.assert_close(cayley(Q) - cayley_neumann(Q, terms), remainder, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_a_weight_is_rotated_without_forming_the_rotation(rows: int, dtype: torch.dtype) -> None:
+    A = skew_with_angle(12, 2.0, torch.float64, seed=rows)[0]
+    W = torch.from_numpy(np.random.RandomState(rows).standard_normal((rows, 12)))
+    eye = np.eye(12)
+    expected = W.numpy() @ np.linalg.inv(eye - A.numpy()) @ (eye + A.numpy())
+    rotated = apply_cayley(W.to(dtype), A.to(dtype))
+    assert rotated.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert np.allclose(rotated.double().numpy(), expected, atol=tolerance)
+
+
+def test_a_weight_is_rotated_block_by_block() -> None:
+    A = skew_with_angle(4, 1.0, torch.float64)
+    W = torch.from_numpy(np.random.RandomState(1).standard_normal((3, 5, 8)))
+    expected = W @ torch.block_diag(*cayley(A))
+    assert torch.allclose(apply_cayley(W, A), expected, atol=1e-13)
+    with pytest.raises(NumericalError, match="fill the columns"):
+        apply_cayley(W[..., :4], A)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.roles import rotated_roles, unfit_block
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
@@ -32,12 +33,15 @@ def _workspace(shape: tuple[int, ...], models: int) -> int:
     divides_by_weight_sum=True,
     whole=True,
     workspace=_workspace,
+    unfit=unfit_block,
 )
 def geodesic(
     tensors: Sequence[Tensor],
     *,
     weights: Sequence[float],
     role: str = "linear",
+    gate: Literal["auto", "off"] = "auto",
+    margin: Annotated[float, Between(0, 1)] = 0.1,
     anchor: Annotated[float, Between(0, open_low=True)] = 1e-3,
     block: Annotated[int, Between(0)] = 0,
     include_embeddings: bool = True,
@@ -48,12 +52,16 @@ def geodesic(
     ``W = Σ w_i W_i R_i^T`` with rotations R_i whose weighted mean is the identity and under which
     the models agree best, ``W_i ≈ C R_i`` (generalised Procrustes). Two models with W_2 = W_1 R
     give W_1 R^{w_2}, a point of the geodesic; models without a rotation between them give their
-    average. The mean of equal lengths keeps its length, which the plain average does not.
+    average. Rotated models keep their rows' lengths, which the plain average shrinks. The gate
+    averages a layer plainly unless some pair is closer after the best rotation than noise would be:
+    ``‖W_i R - W_j‖ < (1 - margin) b ‖W_i - W_j‖``, b = √(1 - n/2o) or, for o < n, √(o/2n).
 
     Args:
         tensors: W_i, one per model.
         weights: w_i >= 0, divided by their sum.
         role: What the tensor is in the model: only weight matrices are rotated.
+        gate: auto rotates a layer only where its models differ by a rotation; off always does.
+        margin: How far below the level of noise the distance must be.
         anchor: Pulls rotations to the identity where the weights do not determine them.
         block: Rotate blocks of this many inputs by themselves; 0 rotates all together.
         include_embeddings: Rotate embeddings and output heads, too.
@@ -71,16 +79,18 @@ def geodesic(
     """
     total = math.fsum(weights)
     shares = [weight / total for weight in weights]
-    rotates = role in {"linear", "stack"} or (role == "embedding" and include_embeddings)
-    if not rotates and not (role == "convolution" and rotate_conv):
+    if role not in rotated_roles(include_embeddings=include_embeddings, rotate_conv=rotate_conv):
         return Merged(_average(tensors, shares))
+    limit = math.inf if gate == "off" else 1 - margin
+    settings = {"anchor": anchor, "block": block or None}
     if role == "stack":
         import torch
 
-        slices = zip(*tensors, strict=True)
-        parts = [_mean(matrices, shares, anchor, block) for matrices in slices]
+        parts = [
+            _mean(matrices, shares, limit, settings) for matrices in zip(*tensors, strict=True)
+        ]
         return Merged(torch.stack([m for m, _ in parts]), {"stack": [f for _, f in parts]})
-    merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, anchor, block)
+    merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, limit, settings)
     return Merged(merged.reshape(tensors[0].shape), facts)
 
 
@@ -92,11 +102,16 @@ def _average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _mean(
-    matrices: Sequence[Tensor], shares: Sequence[float], anchor: float, block: int
+    matrices: Sequence[Tensor], shares: Sequence[float], limit: float, settings: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
+    """Return the mean of matrices that are rotational below ``limit`` times the level of noise."""
     import dataclasses
 
-    from orthomerge.linalg import procrustes_mean
+    from orthomerge.merging.rotating import pairwise_rotational, spanned_mean
 
-    merged, report = procrustes_mean(matrices, shares, anchor=anchor, block=block or None)
-    return merged.to(matrices[0].dtype), dataclasses.asdict(report)
+    rotational, fraction = pairwise_rotational(matrices, limit, settings)
+    if not rotational:
+        return _average(matrices, shares), {"rotated": False, "residual_over_noise": fraction}
+    merged, report = spanned_mean(matrices, shares, settings)
+    facts = {"rotated": True, "residual_over_noise": fraction, **dataclasses.asdict(report)}
+    return merged.to(matrices[0].dtype), facts

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.parameters import Between, NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
+from orthomerge.merging.roles import unfit_block
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
@@ -30,10 +31,9 @@ def _residual(
     base: Tensor, deltas: Sequence[Tensor], model: int, *, role: str, **parameters: Any
 ) -> Tensor:
     """Return what one model leaves to the residual method, for its survey of the whole model."""
-    from orthomerge.merging.decoupling import decouple
+    from orthomerge.merging.decoupling import residual_of
 
-    settings = _settings(parameters, len(deltas))
-    return decouple(base, deltas, settings, role, only=model).residuals[0]
+    return residual_of(base, deltas, _settings(parameters, len(deltas)), role, model)
 
 
 @merge_method(
@@ -45,6 +45,7 @@ def _residual(
     divides_by_weight_sum=True,
     whole=True,
     workspace=_workspace,
+    unfit=unfit_block,
     residual=_residual,
 )
 def orthomerge_decoupled(

@@ -29,6 +29,7 @@ from orthomerge.merging.planning.draft import (
 from orthomerge.merging.planning.files import add_model_files
 from orthomerge.merging.planning.views import View, open_views
 from orthomerge.merging.registry import MergeMethod
+from orthomerge.merging.roles import tensor_role
 from orthomerge.merging.rules import LayerMap
 from orthomerge.merging.spaces import Space
 
@@ -190,6 +191,9 @@ def _draft_task(
         draft.problems += [problem] if problem else []
         if has_base and not _reads_base(request, method, views):
             entries = (None, *models)
+    if kind == "whole" and method.unfit is not None:
+        unfit = method.unfit(info.shape, tensor_role(name, info.shape), settings.parameters)
+        draft.problems += [RecipeError(unfit, tensor=name)] if unfit else []
     pairs = list(zip(views, entries, strict=True))
     read = sum(view.read_bytes(entry.name) for view, entry in pairs if entry is not None)
     names = tuple(entry.name if entry else None for entry in entries)

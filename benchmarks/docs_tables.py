@@ -1,6 +1,6 @@
-"""Write the tables of docs/performance.md from the result files; `--check` only compares.
+"""Write the tables of the documentation from the result files; `--check` only compares.
 
-The page's prose is written by hand. What stands between a pair of markers
+The pages' prose is written by hand. What stands between a pair of markers
 ``<!-- table: NAME -->`` and ``<!-- end -->`` comes from here.
 """
 
@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main", "rendered"]
+__all__ = ["main", "pages", "rendered"]
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "performance.md"
 RESULTS = ROOT / "benchmarks" / "results"
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _UNITS = {"wall_seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1e-6}
@@ -84,6 +83,41 @@ def circumstances(result: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def finetune_table(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per pair of real checkpoints and anchor."""
+    rows = [
+        "| pair | anchor | matrices | below 0.9 of noise | smallest | median "
+        "| share of ‖D‖² explained | the same for noise |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for pair in result["pairs"].values():
+        for anchor, found in pair["summary"].items():
+            rows.append(
+                f"| {pair['meaning']} | {anchor.removeprefix('anchor ')} | {found['layers']} "
+                f"| {found['layers_below_0.9_of_noise']} "
+                f"| {found['smallest_residual_over_noise']:.2f} "
+                f"| {found['median_residual_over_noise']:.2f} "
+                f"| {found['rotational_share']:.2f} | {found['noise_share']:.2f} |"
+            )
+    return rows
+
+
+def finetune_merges(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per decoupled merge of the real fine-tune."""
+    rows = [
+        "| settings | layers rotated | tensors bit-equal to tsv-m | distance from tsv-m |",
+        "|---|--:|--:|--:|",
+    ]
+    for merge in result["merges"]:
+        settings = ", ".join(f"{k}: {v}" for k, v in merge["settings"].items()) or "default"
+        rows.append(
+            f"| {settings} | {merge['rotated_layers']} of {merge['layers']} "
+            f"| {merge['tensors_equal_to_tsv_m']} of {merge['tensors']} "
+            f"| {merge['distance_from_tsv_m']:.3f} |"
+        )
+    return rows
+
+
 def _ratio(facts: Mapping[str, Any], prefix: str) -> str:
     found = [r["wall_seconds"] for peer, r in facts["ratios"].items() if peer.startswith(prefix)]
     return f"{found[0]:.2f}" if found and found[0] is not None else ""
@@ -94,7 +128,15 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "targets": ("merge_speed.json", target_table),
     "exactness": ("merge_exactness.json", exactness_table),
     "circumstances": ("merge_speed.json", circumstances),
+    "real-finetune": ("real_finetune.json", finetune_table),
+    "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }
+
+
+def pages() -> list[Path]:
+    """Return the pages that hold a marked table."""
+    every = sorted((ROOT / "docs").rglob("*.md"))
+    return [path for path in every if "<!-- table:" in path.read_text("utf-8")]
 
 
 def rendered(page: str) -> str:
@@ -110,12 +152,14 @@ def rendered(page: str) -> str:
 
 def main() -> int:
     """Run as a program; return 1 if ``--check`` finds a difference."""
-    page = PAGE.read_text("utf-8")
-    current = rendered(page)
-    if "--check" in sys.argv:
-        return int(page != current)
-    PAGE.write_text(current, "utf-8")
-    return 0
+    different = 0
+    for path in pages():
+        page = path.read_text("utf-8")
+        current = rendered(page)
+        different += page != current
+        if "--check" not in sys.argv:
+            path.write_text(current, "utf-8")
+    return int(different > 0 and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

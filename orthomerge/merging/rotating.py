@@ -1,0 +1,63 @@
+"""Whether matrices differ by a rotation at all, and their mean where they do.
+
+Shared by the methods that decide this layer by layer; the geometry is ``linalg``'s.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthomerge.linalg.aligned_means import ProcrustesMeanReport, procrustes_mean
+from orthomerge.linalg.procrustes_fits import procrustes_right, residual_noise_baseline
+
+__all__ = ["pairwise_rotational", "residual_over_noise", "spanned_mean"]
+
+
+def residual_over_noise(residual: float, change: float, rows: int, columns: int) -> float:
+    """Return what a fitted rotation leaves of a change, relative to what it leaves of noise.
+
+    ``(‖X - W R‖ / ‖X - W‖) / b`` with b the residual fraction of isotropic noise: 0 for a pure
+    rotation, about 1 for noise, above 1 for a change that rotation explains less than noise.
+    """
+    return residual / (change * residual_noise_baseline(rows, columns))
+
+
+def pairwise_rotational(
+    matrices: Sequence[Tensor], limit: float, settings: dict[str, Any]
+) -> tuple[bool, float | None]:
+    """Return whether some pair is below ``limit``, and the smallest ``residual_over_noise``."""
+    smallest = math.inf
+    rows, columns = matrices[0].shape
+    for first, second in itertools.combinations(matrices, 2):
+        change = float(torch.linalg.vector_norm(second - first))
+        if change and bool(first.any()) and bool(second.any()):
+            fit = procrustes_right(first, second, **settings)
+            width = settings["block"] or columns
+            smallest = min(smallest, residual_over_noise(fit.residual, change, rows, width))
+    return smallest < limit, smallest if math.isfinite(smallest) else None
+
+
+def spanned_mean(
+    matrices: Sequence[Tensor], shares: Sequence[float], settings: dict[str, Any]
+) -> tuple[Tensor, ProcrustesMeanReport]:
+    """Return the aligned mean; where the rows of all span less than the space, work in their span.
+
+    Every fit leaves what is orthogonal to all rows at the identity, so this is exact.
+    """
+    rows, columns = matrices[0].shape
+    spanned = rows * len(matrices)
+    if settings["block"] is not None or spanned >= columns:
+        return procrustes_mean(matrices, shares, **settings)
+    stacked = torch.cat([matrix.double() for matrix in matrices])
+    frame = torch.linalg.qr(stacked.mT).Q
+    # The anchor is relative to the mean energy per input direction: of all, not of the span.
+    anchor = settings["anchor"] * spanned / columns
+    small = [matrix.double() @ frame for matrix in matrices]
+    merged, report = procrustes_mean(small, shares, anchor=anchor)
+    return merged @ frame.mT, report
