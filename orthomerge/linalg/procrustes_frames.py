@@ -6,6 +6,7 @@ angle near pi, is decided in ``procrustes_fits``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,7 +47,7 @@ class ProcrustesBase:
     @property
     def unit(self) -> float:
         """What weights are divided by."""
-        return self.norm / self.weight.shape[-1] ** 0.5
+        return self.norm / math.sqrt(self.weight.shape[-1])
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -57,8 +58,9 @@ class ProcrustesBase:
 
 @dataclass(frozen=True)
 class Factored:
-    """One solution: ``R = I + S (core - I) S^T`` (S = I where ``frame`` is None), in float64 but for dense ones.
+    """One solution: ``R = I + S (core - I) S^T``, S = I where ``frame`` is None.
 
+    In float64, except that a dense fit of float32 data is in float32.
     ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
     """
 
@@ -145,7 +147,8 @@ def _half_skew(Q: Tensor) -> Tensor | None:
     K = eye - 2 * inverse
     if float(frobenius(K)) > _MODERATE:
         return None
-    return (K - K.mT) / 2
+    skew: Tensor = (K - K.mT) / 2
+    return skew
 
 
 def _deficient(L: Tensor) -> bool:
@@ -174,4 +177,4 @@ def _minimal_completion(M: Tensor) -> Tensor:
 def _measured(R: Tensor, method: str) -> PolarReport:
     gram = R.mT @ R
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return PolarReport(method, float(frobenius(gram).max()) / R.shape[-1] ** 0.5, 0)
+    return PolarReport(method, float(frobenius(gram).max()) / math.sqrt(R.shape[-1]), 0)
