@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
+    from orthomerge.linalg.truncation import Truncation, truncated_svd
 
 __all__ = [
     "AlgebraMerge",
@@ -47,6 +48,7 @@ __all__ = [
     "ProcrustesBase",
     "ProcrustesFit",
     "ProcrustesMeanReport",
+    "Truncation",
     "align_blocks",
     "apply_cayley",
     "automatic_anchor",
@@ -80,6 +82,7 @@ __all__ = [
     "rotate_columns",
     "rotation_angles",
     "skewness",
+    "truncated_svd",
     "unpack_skew",
 ]
 
