@@ -253,9 +253,9 @@ def _solve(
             return found
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
-    M = base.double.mT @ X
     # Without a null space a factor in the data's own precision is as good as the data.
-    return dense_fit(M, anchor, method, data, out=data if o >= n else torch.float64)
+    precision = data if o >= n else torch.float64
+    return dense_fit(base.against(X, precision), anchor, method, data, out=precision)
 
 
 def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:

@@ -50,6 +50,22 @@ class ProcrustesBase:
         return self.norm / math.sqrt(self.weight.shape[-1])
 
     @cached_property
+    def gram(self) -> Tensor:
+        """``W0^T W0`` of the scaled weight, float64; the part of ``W0^T X`` all experts share."""
+        return self.double.mT @ self.double
+
+    def against(self, X: Tensor, precision: torch.dtype) -> Tensor:
+        """Return ``W0^T X`` in float64, X [o, n] float64 and scaled as the weight is.
+
+        The Gram matrix is in float64; the product with the change, which is small for a
+        fine-tune, need only be as precise as the data.
+        """
+        if precision == torch.float64:
+            return self.double.mT @ X
+        change = (X - self.double).to(precision)
+        return self.gram + (self.double.to(precision).mT @ change).double()
+
+    @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
         """The thin QR factors of the transposed weight, float64."""
         Q, L = torch.linalg.qr(self.double.mT)
@@ -95,22 +111,29 @@ def subspace_fit(
     base: ProcrustesBase, X: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
 ) -> Factored:
     """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S = _common_frame(base, X)
-    before, after = base.double @ S, X @ S
-    small = dense_fit(before.mT @ after, anchor, method, data)
-    misfit = before @ small.core - after
+    S, after = _common_frame(base, X)
+    L0 = base.rows[1]
+    o, k = L0.shape[0], S.shape[1]
+    M = torch.zeros(k, k, dtype=S.dtype, device=S.device)
+    M[:o] = L0 @ after  # W0 S = [L0^T, 0]
+    # The null space is settled in float64; the factor itself is as good as the data.
+    small = dense_fit(M, anchor, method, data, out=data if anchor else torch.float64)
+    misfit = L0.mT.to(small.core.dtype) @ small.core[:o] - after
     return Factored(S, small.core, small.report, "subspace", misfit=misfit)
 
 
-def _common_frame(base: ProcrustesBase, X: Tensor) -> Tensor:
-    """Return an orthonormal basis of the rows of W0 and X, starting with that of W0 alone."""
+def _common_frame(base: ProcrustesBase, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis S of the rows of W0 and X that starts with W0's, and X S."""
     V0, L0 = base.rows
-    rest = X.mT - V0 @ (V0.mT @ X.mT)
-    f, L = torch.linalg.qr(rest)
-    # Where rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
+    inside = V0.mT @ X.mT
+    f, L = torch.linalg.qr(X.mT - V0 @ inside)
+    # Where the rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
     if float(L.diagonal().abs().amin()) < 1e-8 * float(L0.abs().amax()):
-        return torch.linalg.qr(torch.cat([base.double.mT, X.mT], dim=1))[0]
-    return torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
+        V = torch.linalg.qr(torch.cat([V0, X.mT], dim=1))[0][:, V0.shape[1] :]
+        S = torch.cat([V0, V], dim=1)
+        return S, X @ S
+    S = torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
+    return S, torch.cat([inside.mT, L.mT], dim=1)
 
 
 def qr_core_fit(
