@@ -92,9 +92,7 @@ def truncated_svd(
     return Truncation(B, A, s[:kept], _squares(X - B @ A) ** 0.5, iterations)
 
 
-def _sketched(
-    X: Tensor, most: int, width: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
+def _sketched(X: Tensor, most: int, width: int, seed: int) -> tuple[Tensor, Tensor, Tensor, int]:
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(X.shape[1], width, generator=generator, dtype=X.dtype).to(X.device)
     Q = torch.linalg.qr(X @ sketch).Q
