@@ -22,6 +22,8 @@ __all__ = ["Factored", "ProcrustesBase", "dense_fit", "qr_core_fit", "subspace_f
 
 _RANK = 1e-10  # of a triangular factor's diagonal: below it the rows are taken as dependent
 _MODERATE = 100.0  # norm of K up to which no angle can be near pi
+_POWER_STEPS = 8
+_SINGLE_CONDITION = 2e4
 _SINE = 1e-7  # a principal angle below it has no direction of its own
 
 
@@ -54,16 +56,20 @@ class ProcrustesBase:
         """``W0^T W0`` of the scaled weight, float64; the part of ``W0^T X`` all experts share."""
         return self.double.mT @ self.double
 
+    def scaled(self, X: Tensor) -> Tensor:
+        """Return another weight in float64, scaled as the base is."""
+        return X.double() / self.unit
+
     def against(self, X: Tensor, precision: torch.dtype) -> Tensor:
-        """Return ``W0^T X`` in float64, X [o, n] float64 and scaled as the weight is.
+        """Return ``W0^T X`` of the scaled weights in float64, X [o, n] as stored.
 
         The Gram matrix is in float64; the product with the change, which is small for a
         fine-tune, need only be as precise as the data.
         """
         if precision == torch.float64:
-            return self.double.mT @ X
-        change = (X - self.double).to(precision)
-        return self.gram + (self.double.to(precision).mT @ change).double()
+            return self.double.mT @ self.scaled(X)
+        change = (X.to(precision) - self.weight.to(precision)) / self.unit**2
+        return torch.add(self.gram, self.weight.to(precision).mT @ change)
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -103,15 +109,32 @@ def dense_fit(
         return Factored(None, core, _measured(core, "svd"), "dense")
     N = M.clone()
     N.diagonal(dim1=-2, dim2=-1).add_(anchor)
+    if method == "auto" and out == torch.float32 and _well_anchored(N, anchor):
+        method, N = "svd", N.to(out)
     core, report = polar_at_precision(N, method, data, out)
     return Factored(None, core, report, "dense")
 
 
+def _well_anchored(N: Tensor, anchor: float) -> bool:
+    """Tell whether the anchor alone keeps the condition of N where float32 is enough.
+
+    The factor's error in a pair of directions is ``eps ||N|| / (s_j + s_k)``, and no singular
+    value of a near-symmetric N is much below the anchor.
+    """
+    if N.device.type != "cpu" or N.dim() != 2:
+        return False
+    v = torch.ones(N.shape[-1], dtype=N.dtype) / N.shape[-1] ** 0.5
+    for _ in range(_POWER_STEPS):
+        v = N.mT @ (N @ v)
+        v = v / torch.linalg.vector_norm(v).clamp_min(1e-300)
+    return 1.5 * float(torch.linalg.vector_norm(N @ v)) <= _SINGLE_CONDITION * anchor
+
+
 def subspace_fit(
-    base: ProcrustesBase, X: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
+    base: ProcrustesBase, target: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
 ) -> Factored:
     """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S, after = _common_frame(base, X)
+    S, after = _common_frame(base, base.scaled(target))
     L0 = base.rows[1]
     o, k = L0.shape[0], S.shape[1]
     M = torch.zeros(k, k, dtype=S.dtype, device=S.device)
@@ -137,7 +160,7 @@ def _common_frame(base: ProcrustesBase, X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def qr_core_fit(
-    base: ProcrustesBase, X: Tensor, method: PolarMethod, data: torch.dtype
+    base: ProcrustesBase, target: Tensor, method: PolarMethod, data: torch.dtype
 ) -> Factored | None:
     """Solve for anchor -> 0 with matrices of size o only; None where W0 or X lacks full rank.
 
@@ -148,7 +171,7 @@ def qr_core_fit(
     ``A = h K h^T + a h^T - h a^T``, without a division by the sines.
     """
     V0, L0 = base.rows
-    V1, L1 = torch.linalg.qr(X.mT)
+    V1, L1 = torch.linalg.qr(base.scaled(target).mT)
     if _deficient(L0) or _deficient(L1):
         return None
     P, report = polar_at_precision(L0 @ L1.mT, method, data)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -204,7 +204,8 @@ def _split_one(
     if settings.gate and noise >= 1 - settings.margin:
         return None, delta, facts
     facts["rotated"] = True
-    return fit, (W0 - fit.apply(W0)) + delta, facts
+    rotated = fit.apply(W0) if fit.rotated is None else fit.rotated
+    return replace(fit, rotated=None), (W0 - rotated) + delta, facts
 
 
 def _rotate(
