@@ -221,8 +221,10 @@ def test_rotated_base_keeps_rows_spectrum_and_energy(case, mode, seed) -> None:
 @pytest.mark.parametrize("mode", ["faithful", "robust", "reproduce"])
 def test_experts_that_did_not_change_give_the_base_bit_for_bit(shape, dtype, mode) -> None:
     W0 = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    W0.view(-1)[1] = -0.0
     found = run(W0, [W0] * 3, dtype=dtype, mode=mode, rotate_conv=True, run_settings={})
-    assert torch.equal(found.tensors[NAME], W0)
+    bits = [tensor.view(torch.uint8) for tensor in (found.tensors[NAME], W0)]
+    assert torch.equal(*bits)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -464,6 +466,16 @@ def test_stacks_of_experts_rotate_matrix_by_matrix() -> None:
     np.testing.assert_allclose(value, np.stack(each), atol=1e-14)
     (details,) = result.details.values()
     assert len(details["facts"]["stack"]) == 3
+
+
+@pytest.mark.parametrize("method", ["orthomerge-decoupled", "geodesic", "tsv-m"])
+def test_stacks_need_the_memory_of_their_matrices(method) -> None:
+    def peak(name, *shape):
+        W = {name: torch.zeros(shape)}
+        return plan([W, W], base=W, method=method).tasks[0].peak_bytes
+
+    one, stack = peak("a.up.weight", 128, 64), peak("a.mlp.experts.up_proj", 16, 128, 64)
+    assert one < stack < 20 * one
 
 
 def test_one_expert_has_no_conflicts() -> None:
