@@ -255,6 +255,10 @@ def _solve(
             return found
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
+    cpu = base.weight.device.type == "cpu"
+    if o >= n and method == "auto" and cpu and base.single_is_enough(anchor):
+        M = (base.weight / base.unit**2).mT @ X.to(base.weight.dtype)
+        return dense_fit(M, anchor, "svd", data, out=data)
     # Without a null space a factor in the data's own precision is as good as the data.
     precision = data if o >= n else torch.float64
     return dense_fit(base.against(X, precision), anchor, method, data, out=precision)
