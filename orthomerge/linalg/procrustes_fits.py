@@ -333,10 +333,14 @@ def _identity(W0: Tensor, X: Tensor, anchor: float, block: int | None) -> Procru
 
 
 def _reference(W0: Tensor, X: Tensor) -> ProcrustesFit:
+    """Do what the published code does; its solve near an angle of pi is not guarded either."""
     U, _, Vh = torch.linalg.svd(W0.mT @ X)
     R = U @ Vh
     rotated = W0 @ R
     gram = R.mT @ R - torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
     report = PolarReport("svd", float(frobenius(gram)) / math.sqrt(max(R.shape[0], 1)), 0)
     residual = float(frobenius(rotated - X))
-    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense", rotated=rotated)
+    eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
+    A, _ = torch.linalg.solve_ex(R + eye, R - eye)
+    skew = require_finite((A - A.mT) / 2, "the unguarded inverse Cayley map")
+    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense", skew, rotated=rotated)
