@@ -1,4 +1,4 @@
-"""Explain one weight's update by a block rotation, a low-rank matrix, or both, and measure how well.
+"""Explain one weight's update by a block rotation and a low-rank matrix, and measure how well.
 
 Tensors in, tensors out; reading and writing are in ``run`` and ``folders``.
 """
@@ -118,14 +118,14 @@ def explain(
     if settings.low_rank:
         floor = _rounding_floor(W0)
         seed = zlib.crc32(layer.name.encode())
-        found = truncated_svd(
-            rest, settings.rank, energy=settings.energy, floor=floor, seed=seed
-        )
+        found = truncated_svd(rest, settings.rank, energy=settings.energy, floor=floor, seed=seed)
         rank = found.rank
         if rank:
             B, A = found.B.float(), found.A.float()
             left = _norm(rest - (B @ A).to(rest.dtype))
-    by_chance = residual_noise_baseline(layer.rows, layer.block_size) if generator is not None else 1
+    by_chance = (
+        residual_noise_baseline(layer.rows, layer.block_size) if generator is not None else 1
+    )
     report = LayerReport(
         name=layer.name,
         shape=(layer.columns, layer.rows) if layer.transposed else (layer.rows, layer.columns),

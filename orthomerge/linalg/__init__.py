@@ -153,6 +153,7 @@ _MODULES = {
         "pack_skew",
         "unpack_skew",
     ),
+    "truncation": ("Truncation", "truncated_svd"),
     "triangular": (
         "block_size",
         "packed_width",
