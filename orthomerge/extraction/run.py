@@ -124,7 +124,22 @@ def extract(
     if destination is not None:
         inputs = [path for source in sources for path in source_files(source)]
         check_destination(destination, inputs, single_file=False, overwrite=overwrite)
-    factors, reports, unchanged = _walk(plan, *sources, settings, torch.device(device), advance)
+    result = _explained(plan, sources, settings, destination, torch.device(device), advance)
+    if destination is not None:
+        publish_bundle(_bundle(result, sources), destination, overwrite=overwrite)
+    return result
+
+
+def _explained(
+    plan: ExtractionPlan,
+    sources: tuple[Source, Source],
+    settings: ExtractSettings,
+    destination: Path | None,
+    device: torch.device,
+    advance: Callable[[int], None] | None,
+) -> ExtractResult:
+    """Read everything once and return the result, with nothing written yet."""
+    factors, reports, unchanged = _walk(plan, *sources, settings, device, advance)
     if not reports:
         raise AdapterError(
             "no linear weight differs from the base, so there is nothing to extract",
@@ -135,7 +150,7 @@ def extract(
     for source in sources:
         source.checkpoint.check_unchanged()
         source.checkpoint.close()
-    result = ExtractResult(
+    return ExtractResult(
         settings=settings,
         layers=tuple(sorted(reports, key=lambda report: report.explained)),
         unchanged=tuple(unchanged),
@@ -145,9 +160,6 @@ def extract(
         peak_bytes=plan.peak_bytes,
         notes=(*plan.notes, *notes),
     )
-    if destination is not None:
-        publish_bundle(_bundle(result, sources), destination, overwrite=overwrite)
-    return result
 
 
 def _walk(

@@ -23,7 +23,7 @@ from orthomerge.errors import (
 )
 from orthomerge.extraction import extract, negate
 
-O, N, BLOCK = 48, 64, 8
+ROWS, N, BLOCK = 48, 64, 8
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,12 +51,12 @@ def low(o: int, n: int, rank: int, size: float, seed: int) -> torch.Tensor:
 def pair() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """A base, and a fine-tune: a rotated, a low-rank, a mixed and an equal layer; a norm."""
     R = rotation(N, BLOCK, 0.05, 1)
-    base = {f"body.{name}.weight": normal(O, N, seed=i) for i, name in enumerate("abcd")}
+    base = {f"body.{name}.weight": normal(ROWS, N, seed=i) for i, name in enumerate("abcd")}
     base |= {"norm.weight": torch.ones(N), "embed_tokens.weight": normal(9, N), "b.bias": normal(3)}
     model = dict(base)
     model["body.a.weight"] = turned(base["body.a.weight"], R)
-    model["body.b.weight"] = base["body.b.weight"] + low(O, N, 3, 0.2, 5)
-    model["body.c.weight"] = turned(base["body.c.weight"], R) + low(O, N, 2, 0.2, 7)
+    model["body.b.weight"] = base["body.b.weight"] + low(ROWS, N, 3, 0.2, 5)
+    model["body.c.weight"] = turned(base["body.c.weight"], R) + low(ROWS, N, 2, 0.2, 7)
     model["norm.weight"] = 2 * base["norm.weight"]
     model["embed_tokens.weight"] = base["embed_tokens.weight"] + 1
     return model, base
@@ -76,7 +76,7 @@ def test_a_rotation_is_found_with_its_angles(pair) -> None:
     assert found.largest_angle == pytest.approx(largest, rel=1e-4)
     assert found.low_rank_share == found.rank == 0
     # What a rotation of these blocks explains of noise: a fraction (b - 1)/2 or b/2 per row.
-    assert found.rotation_by_chance == pytest.approx(BLOCK / (2 * O))
+    assert found.rotation_by_chance == pytest.approx(BLOCK / (2 * ROWS))
 
 
 def test_the_default_anchor_costs_little(pair) -> None:
@@ -91,7 +91,7 @@ def test_a_low_rank_update_is_found_at_its_rank(pair) -> None:
     assert found.residual < 1e-5
     assert found.low_rank_share == pytest.approx(1, abs=1e-9)
     tensors, config = result.adapters["lora"]
-    assert tensors["base_model.model.body.b.lora_B.weight"].shape == (O, 3)
+    assert tensors["base_model.model.body.b.lora_B.weight"].shape == (ROWS, 3)
     assert config["lora_alpha"] == config["r"]
     assert config["rank_pattern"] == config["alpha_pattern"]
 
@@ -185,7 +185,7 @@ def test_task_arithmetic_puts_both_parts_back(pair, tmp_path) -> None:
         base=tmp_path / "base.safetensors",
         method="task-arithmetic",
         weights=[1.0, 1.0],
-        parameters={"scale": 1.0},
+        scale=1.0,
     ).tensors
     for name in "abc":
         weight = f"body.{name}.weight"
@@ -193,12 +193,12 @@ def test_task_arithmetic_puts_both_parts_back(pair, tmp_path) -> None:
         assert float(error) < 1e-4
 
 
-def failing(kind: type[OrthoMergeError], words: str, **options: Any) -> Any:
+def failing(kind: type[OrthoMergeError], words: str, /, **options: Any) -> Any:
     return pytest.param(kind, words, options, id=words)
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "options"),
+    ("error", "words", "options"),
     [
         failing(RecipeError, "kind of adapter", kind="loha"),
         failing(RecipeError, "rank must be", rank=0),
@@ -211,8 +211,8 @@ def failing(kind: type[OrthoMergeError], words: str, **options: Any) -> Any:
         failing(BudgetError, "more working memory", memory_budget_bytes=1000),
     ],
 )
-def test_bad_settings_are_refused(pair, tmp_path, kind, words, options) -> None:
-    with pytest.raises(kind, match=words):
+def test_bad_settings_are_refused(pair, tmp_path, error, words, options) -> None:
+    with pytest.raises(error, match=words):
         extract(*pair, output=tmp_path / "out", **options)
     assert not list(tmp_path.iterdir())
 
@@ -311,8 +311,7 @@ def test_an_adapter_after_its_negation_gives_the_base(pair, tmp_path, kind) -> N
 
     def applied(adapter: Path, to: Path) -> Path:
         out = adapter.with_suffix(".safetensors")
-        options = {"method": "task-arithmetic", "parameters": {"scale": 1.0}}
-        orthomerge.merge([adapter], base=to, output=out, **options)
+        orthomerge.merge([adapter], base=to, output=out, method="task-arithmetic", scale=1.0)
         return out
 
     there = applied(tmp_path / "there", tmp_path / "base.safetensors")
