@@ -109,7 +109,7 @@ def own_layer(W0: Tensor, Xs: list[Tensor], anchor: float) -> tuple[Tensor, list
         A = fit.generator()
         norms += float(torch.linalg.vector_norm(A))
         total = A if total is None else total.add_(A)
-        residuals.append(X - fit.apply(W0))
+        residuals.append(X - (fit.apply(W0) if fit.rotated is None else fit.rotated))
     assert total is not None
     return apply_cayley(W0, corrected(total, norms, len(Xs))), residuals
 

@@ -56,6 +56,7 @@ class ProcrustesFit:
         report: How the polar factor was found.
         reduction: "identity", "dense", "qr-core", "subspace" or "block".
         skew: A on the frame where it is known already.
+        rotated: W0 R, where the residual needed it.
         half: (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
     """
 
@@ -68,6 +69,7 @@ class ProcrustesFit:
     reduction: str
     skew: Tensor | None = None
     half: tuple[Tensor, Tensor, Tensor] | None = None
+    rotated: Tensor | None = None
 
     @full_precision()
     def rotation(self) -> Tensor:
@@ -200,15 +202,14 @@ class _Options:
 def _anchored_fit(
     base: ProcrustesBase, X: Tensor, anchor: float, options: _Options, dtype: torch.dtype
 ) -> ProcrustesFit:
-    target = X.double() / base.unit
     retries = 0
     while True:
-        found = _solve(base, target, anchor, options, dtype)
+        found = _solve(base, X, anchor, options, dtype)
         skew, safe = _checked_skew(found)
         if safe or not options.special:
             return _finish(base, X, found, skew if safe else None, anchor, retries, dtype)
         retries += 1
-        anchor = _raised(base, target, anchor, retries)
+        anchor = _raised(base, X, anchor, retries)
         if options.reduce != "none":  # the QR-core has no anchor that could be raised
             options = replace(options, reduce="subspace")
 
@@ -244,7 +245,8 @@ def _solve(
     o, n = X.shape
     method, reduce, block = options.method, options.reduce, options.block
     if block is not None:
-        left, right = (T.reshape(o, -1, block).transpose(0, 1) for T in (base.double, X))
+        pair = base.double, base.scaled(X)
+        left, right = (T.reshape(o, -1, block).transpose(0, 1) for T in pair)
         return replace(dense_fit(left.mT @ right, anchor, method, data), reduction="block")
     tiny = anchor <= _TIES_ONLY
     if reduce in ("auto", "qr-core") and n >= 2 * o and tiny:
@@ -253,9 +255,9 @@ def _solve(
             return found
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
-    M = base.double.mT @ X
     # Without a null space a factor in the data's own precision is as good as the data.
-    return dense_fit(M, anchor, method, data, out=data if o >= n else torch.float64)
+    precision = data if o >= n else torch.float64
+    return dense_fit(base.against(X, precision), anchor, method, data, out=precision)
 
 
 def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
@@ -284,7 +286,7 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
 def _raised(base: ProcrustesBase, X: Tensor, anchor: float, retries: int) -> float:
     if retries <= _RAISES:
         return max(1e-6, 10 * anchor)
-    return max(10 * anchor, automatic_anchor(base.double, X - base.double))
+    return max(10 * anchor, automatic_anchor(base.weight, X - base.weight))
 
 
 def _finish(
@@ -308,7 +310,10 @@ def _finish(
         skew=None if skew is None else skew.to(dtype),
         half=None if half is None else (half[0].to(dtype), half[1].to(dtype), half[2].to(dtype)),
     )
-    return replace(fit, residual=float(frobenius(fit.apply(base.weight) - X)))
+    if found.misfit is not None:
+        return replace(fit, residual=float(frobenius(found.misfit)) * base.unit)
+    rotated = fit.apply(base.weight)
+    return replace(fit, residual=float(frobenius(rotated - X)), rotated=rotated)
 
 
 def _identity(W0: Tensor, X: Tensor, anchor: float, block: int | None) -> ProcrustesFit:
@@ -326,7 +331,8 @@ def _identity(W0: Tensor, X: Tensor, anchor: float, block: int | None) -> Procru
 def _reference(W0: Tensor, X: Tensor) -> ProcrustesFit:
     U, _, Vh = torch.linalg.svd(W0.mT @ X)
     R = U @ Vh
-    residual = float(frobenius(W0 @ R - X))
+    rotated = W0 @ R
     gram = R.mT @ R - torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
     report = PolarReport("svd", float(frobenius(gram)) / math.sqrt(max(R.shape[0], 1)), 0)
-    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense")
+    residual = float(frobenius(rotated - X))
+    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense", rotated=rotated)

@@ -22,6 +22,8 @@ __all__ = ["Factored", "ProcrustesBase", "dense_fit", "qr_core_fit", "subspace_f
 
 _RANK = 1e-10  # of a triangular factor's diagonal: below it the rows are taken as dependent
 _MODERATE = 100.0  # norm of K up to which no angle can be near pi
+_POWER_STEPS = 8
+_SINGLE_CONDITION = 2e4
 _SINE = 1e-7  # a principal angle below it has no direction of its own
 
 
@@ -50,6 +52,26 @@ class ProcrustesBase:
         return self.norm / math.sqrt(self.weight.shape[-1])
 
     @cached_property
+    def gram(self) -> Tensor:
+        """``W0^T W0`` of the scaled weight, float64; the part of ``W0^T X`` all experts share."""
+        return self.double.mT @ self.double
+
+    def scaled(self, X: Tensor) -> Tensor:
+        """Return another weight in float64, scaled as the base is."""
+        return X.double() / self.unit
+
+    def against(self, X: Tensor, precision: torch.dtype) -> Tensor:
+        """Return ``W0^T X`` of the scaled weights in float64, X [o, n] as stored.
+
+        The Gram matrix is in float64; the product with the change, which is small for a
+        fine-tune, need only be as precise as the data.
+        """
+        if precision == torch.float64:
+            return self.double.mT @ self.scaled(X)
+        change = (X.to(precision) - self.weight.to(precision)) / self.unit**2
+        return torch.add(self.gram, self.weight.to(precision).mT @ change)
+
+    @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
         """The thin QR factors of the transposed weight, float64."""
         Q, L = torch.linalg.qr(self.double.mT)
@@ -61,7 +83,8 @@ class Factored:
     """One solution: ``R = I + S (core - I) S^T``, S = I where ``frame`` is None.
 
     In float64, except that a dense fit of float32 data is in float32.
-    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
+    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known, and
+    ``misfit`` is W0 R - X in an orthonormal basis of the rows' span, in units of the base.
     """
 
     frame: Tensor | None
@@ -69,6 +92,7 @@ class Factored:
     report: PolarReport
     reduction: str
     half: tuple[Tensor, Tensor, Tensor] | None = None
+    misfit: Tensor | None = None
 
 
 def dense_fit(
@@ -85,21 +109,58 @@ def dense_fit(
         return Factored(None, core, _measured(core, "svd"), "dense")
     N = M.clone()
     N.diagonal(dim1=-2, dim2=-1).add_(anchor)
+    if method == "auto" and out == torch.float32 and _well_anchored(N, anchor):
+        method, N = "svd", N.to(out)
     core, report = polar_at_precision(N, method, data, out)
     return Factored(None, core, report, "dense")
 
 
+def _well_anchored(N: Tensor, anchor: float) -> bool:
+    """Tell whether the anchor alone keeps the condition of N where float32 is enough.
+
+    The factor's error in a pair of directions is ``eps ||N|| / (s_j + s_k)``, and no singular
+    value of a near-symmetric N is much below the anchor.
+    """
+    if N.device.type != "cpu" or N.dim() != 2:
+        return False
+    v = torch.ones(N.shape[-1], dtype=N.dtype) / N.shape[-1] ** 0.5
+    for _ in range(_POWER_STEPS):
+        v = N.mT @ (N @ v)
+        v = v / torch.linalg.vector_norm(v).clamp_min(1e-300)
+    return 1.5 * float(torch.linalg.vector_norm(N @ v)) <= _SINGLE_CONDITION * anchor
+
+
 def subspace_fit(
-    base: ProcrustesBase, X: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
+    base: ProcrustesBase, target: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
 ) -> Factored:
     """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S, _ = torch.linalg.qr(torch.cat([base.double.mT, X.mT], dim=1))
-    small = dense_fit((base.double @ S).mT @ (X @ S), anchor, method, data)
-    return Factored(S, small.core, small.report, "subspace")
+    S, after = _common_frame(base, base.scaled(target))
+    L0 = base.rows[1]
+    o, k = L0.shape[0], S.shape[1]
+    M = torch.zeros(k, k, dtype=S.dtype, device=S.device)
+    M[:o] = L0 @ after  # W0 S = [L0^T, 0]
+    # The null space is settled in float64; the factor itself is as good as the data.
+    small = dense_fit(M, anchor, method, data, out=data if anchor else torch.float64)
+    misfit = L0.mT.to(small.core.dtype) @ small.core[:o] - after
+    return Factored(S, small.core, small.report, "subspace", misfit=misfit)
+
+
+def _common_frame(base: ProcrustesBase, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis S of the rows of W0 and X that starts with W0's, and X S."""
+    V0, L0 = base.rows
+    inside = V0.mT @ X.mT
+    f, L = torch.linalg.qr(X.mT - V0 @ inside)
+    # Where the rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
+    if float(L.diagonal().abs().amin()) < 1e-8 * float(L0.abs().amax()):
+        V = torch.linalg.qr(torch.cat([V0, X.mT], dim=1))[0][:, V0.shape[1] :]
+        S = torch.cat([V0, V], dim=1)
+        return S, X @ S
+    S = torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
+    return S, torch.cat([inside.mT, L.mT], dim=1)
 
 
 def qr_core_fit(
-    base: ProcrustesBase, X: Tensor, method: PolarMethod, data: torch.dtype
+    base: ProcrustesBase, target: Tensor, method: PolarMethod, data: torch.dtype
 ) -> Factored | None:
     """Solve for anchor -> 0 with matrices of size o only; None where W0 or X lacks full rank.
 
@@ -110,7 +171,7 @@ def qr_core_fit(
     ``A = h K h^T + a h^T - h a^T``, without a division by the sines.
     """
     V0, L0 = base.rows
-    V1, L1 = torch.linalg.qr(X.mT)
+    V1, L1 = torch.linalg.qr(base.scaled(target).mT)
     if _deficient(L0) or _deficient(L1):
         return None
     P, report = polar_at_precision(L0 @ L1.mT, method, data)
@@ -126,7 +187,8 @@ def qr_core_fit(
     core = torch.cat([torch.cat([Q * cosines, (Q * zero)[:, kept]], dim=1), lower])
     K = _half_skew(Q)
     half = None if K is None else ((a + b) / (1 + C), K, a)
-    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half)
+    misfit = L0.mT @ P - L1.mT
+    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half, misfit)
 
 
 def _principal(N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from orthomerge.linalg.logarithms import exp_so
-from orthomerge.linalg.means import AlgebraMerge, AlgebraSum
+from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction
 from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
@@ -39,12 +39,12 @@ class Settings:
     gate: bool
     margin: float
     strength: float
-    correction: str
+    correction: Correction
     c_max: float
     zero_guard: float
     anchor: float
     block: int | None
-    chart: str
+    chart: Literal["cayley", "log"]
     roles: frozenset[Role]
 
     @classmethod
@@ -204,7 +204,8 @@ def _split_one(
     if settings.gate and noise >= 1 - settings.margin:
         return None, delta, facts
     facts["rotated"] = True
-    return fit, (W0 - fit.apply(W0)) + delta, facts
+    rotated = fit.apply(W0) if fit.rotated is None else fit.rotated
+    return replace(fit, rotated=None), (W0 - rotated) + delta, facts
 
 
 def _rotate(

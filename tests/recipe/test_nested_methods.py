@@ -44,6 +44,12 @@ def test_all_nested_problems_are_reported(tmp_path) -> None:
     assert places == ["9:5", "10:5", "11:5"]
 
 
+def test_an_unknown_method_is_the_only_problem(tmp_path) -> None:
+    with pytest.raises(OrthoMergeError) as caught:
+        load(tmp_path, "  residual: {method: tsv, density: 2, x: 1}\n")
+    assert not isinstance(caught.value, ProblemsError)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

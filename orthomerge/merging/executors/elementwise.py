@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.inputs import Inputs, open_inputs
 from orthomerge.merging.plan import Task
@@ -26,6 +28,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
         arguments["survey"] = _survey(method, task, context)
     for start, count in inputs.ranges():
         context.check_stop()
+        origin: Tensor | None
         if method.space is Space.DELTA:
             origin = inputs.origin(start, count)
             pieces = [model.delta(start, count) for model in inputs.models]

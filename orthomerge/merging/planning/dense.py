@@ -248,10 +248,7 @@ def _peak_bytes(
     if kind == "whole":
         models = max(1, len(used) - 1)
         inputs = info.numel * (per_element + len(used) * lifted)
-        is_matrix = len(info.shape) >= 2 and method.workspace is not None
-        declared = method.workspace if is_matrix else None
-        workspace = (declared or _default_workspace)(info.shape, models)
-        return held + inputs + workspace * lifted
+        return held + inputs + _workspace(method, info, models) * lifted
     piece = min(draft.piece_elements, max(info.numel, 1))
     if kind == "merge":
         per_element += (2 * len(used) + _TEMPORARIES) * lifted
@@ -259,6 +256,15 @@ def _peak_bytes(
     if kind == "merge" and method.survey is not None:
         collected = int(_SURVEY_SHARE * info.numel) * lifted
     return held + piece * per_element + collected
+
+
+def _workspace(method: MergeMethod, info: TensorInfo, models: int) -> int:
+    shape = info.shape
+    if len(shape) < 2 or method.workspace is None:
+        return _default_workspace(shape, models)
+    if tensor_role(info.name, shape) == "stack":  # its matrices are worked on one by one
+        return (models + 2) * info.numel + method.workspace(shape[1:], models)
+    return method.workspace(shape, models)
 
 
 def _default_workspace(shape: tuple[int, ...], models: int) -> int:
