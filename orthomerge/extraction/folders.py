@@ -64,7 +64,8 @@ def lora_adapter(
     ranks: dict[str, int] = {}
     for layer, f in factors.items():
         if f.B is not None and f.A is not None:
-            tensors |= lora_tensors(layer.module, f.B, f.A, transposed=layer.transposed)
+            # B A is [o, n] whatever the file's orientation, which is how PEFT stores it.
+            tensors |= lora_tensors(layer.module, f.B, f.A)
             ranks[layer.module] = f.B.shape[1]
     if not ranks:
         return None

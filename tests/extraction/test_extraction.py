@@ -111,36 +111,43 @@ def test_energy_takes_the_smallest_rank_that_keeps_it() -> None:
     assert capped.layers[0].rank == 2
 
 
+def written(folder: Path, name: str, W0: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return W0 R and B A from the files: unpack, (I - A)^{-1}(I + A), multiply, in fp64."""
+    oft = load_file(folder / "oft" / "adapter_model.safetensors")
+    lora = load_file(folder / "lora" / "adapter_model.safetensors")
+    R = np.zeros((N, N))
+    for k, row in enumerate(oft[f"base_model.model.body.{name}.oft_R.weight"].double().numpy()):
+        Q = np.zeros((BLOCK, BLOCK))
+        Q[np.triu_indices(BLOCK, 1)] = row
+        Q -= Q.T
+        at = slice(k * BLOCK, (k + 1) * BLOCK)
+        R[at, at] = np.linalg.solve(np.eye(BLOCK) - Q, np.eye(BLOCK) + Q)
+    keys = [f"base_model.model.body.{name}.lora_{factor}.weight" for factor in "BA"]
+    B, A = (lora[key].double().numpy() for key in keys)
+    return W0 @ R, B @ A
+
+
 def test_shares_add_up_and_are_those_of_the_written_numbers(pair, tmp_path) -> None:
-    """An oracle from the files: unpack, (I - A)^{-1}(I + A), multiply, subtract, in fp64."""
     model, base = pair
     result = extract(model, base, block_size=BLOCK, rank=2, output=tmp_path / "out")
-    oft = load_file(tmp_path / "out" / "oft" / "adapter_model.safetensors")
-    lora = load_file(tmp_path / "out" / "lora" / "adapter_model.safetensors")
     for name, layer in by_name(result).items():
         W0 = base[f"body.{name}.weight"].double().numpy()
-        D = model[f"body.{name}.weight"].double().numpy() - W0
-        R = np.zeros((N, N))
-        for k, row in enumerate(oft[f"base_model.model.body.{name}.oft_R.weight"].double().numpy()):
-            Q = np.zeros((BLOCK, BLOCK))
-            Q[np.triu_indices(BLOCK, 1)] = row
-            Q -= Q.T
-            at = slice(k * BLOCK, (k + 1) * BLOCK)
-            R[at, at] = np.linalg.solve(np.eye(BLOCK) - Q, np.eye(BLOCK) + Q)
-        left = D - (W0 @ R - W0)
-        prefix = f"base_model.model.body.{name}.lora_"
-        BA = 0.0
-        if f"{prefix}A.weight" in lora:
-            B, A = (lora[f"{prefix}{f}.weight"].double().numpy() for f in "BA")
-            BA = B @ A
-        total = (D**2).sum()
-        assert layer.rotation_share == pytest.approx(1 - (left**2).sum() / total, abs=1e-6)
-        assert layer.residual**2 == pytest.approx(((left - BA) ** 2).sum() / total, abs=1e-6)
+        W1 = model[f"body.{name}.weight"].double().numpy()
+        rotated, BA = written(tmp_path / "out", name, W0)
+        total = ((W1 - W0) ** 2).sum()
+        assert layer.rotation_share == pytest.approx(
+            1 - ((W1 - rotated) ** 2).sum() / total, abs=1e-6
+        )
+        left = ((W1 - rotated - BA) ** 2).sum() / total
+        assert layer.residual**2 == pytest.approx(left, abs=1e-6)
         shares = layer.rotation_share + layer.low_rank_share + layer.residual**2
         assert shares == pytest.approx(1, abs=1e-9)
         assert layer.change == pytest.approx(np.sqrt(total / (W0**2).sum()), rel=1e-5)
     assert by_name(result)["c"].explained > 0.9
     assert [v.explained for v in result.layers] == sorted(v.explained for v in result.layers)
+    energies = [v.change_norm**2 for v in result.layers]
+    explained = np.average([v.explained for v in result.layers], weights=energies)
+    assert result.totals["explained"] == pytest.approx(explained)
 
 
 def test_what_no_adapter_has_is_listed(pair) -> None:
@@ -189,8 +196,10 @@ def test_task_arithmetic_puts_both_parts_back(pair, tmp_path) -> None:
     ).tensors
     for name in "abc":
         weight = f"body.{name}.weight"
-        error = (merged[weight] - model[weight]).norm() / (model[weight] - base[weight]).norm()
-        assert float(error) < 1e-4
+        rotated, BA = written(tmp_path / "out", name, base[weight].double().numpy())
+        np.testing.assert_allclose(merged[weight].numpy(), rotated + BA, atol=2e-6, rtol=0)
+        assert np.abs(rotated - base[weight].numpy()).max() > 1e-2
+    assert torch.equal(merged["body.d.weight"], base["body.d.weight"])
 
 
 def failing(kind: type[OrthoMergeError], words: str, /, **options: Any) -> Any:
