@@ -1,4 +1,4 @@
-"""Explain one weight's update by a block rotation, a low-rank matrix, or both, and measure how well.
+"""Explain one weight's update by a block rotation and a low-rank matrix, and measure how well.
 
 Tensors in, tensors out; reading and writing are in ``run`` and ``folders``.
 """

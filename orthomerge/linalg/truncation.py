@@ -5,6 +5,7 @@ Singular triples by the smaller Gram matrix alone are in ``lowrank``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -96,15 +97,14 @@ def _sketched(X: Tensor, most: int, width: int, seed: int) -> tuple[Tensor, Tens
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn(X.shape[1], width, generator=generator, dtype=X.dtype).to(X.device)
     Q = torch.linalg.qr(X @ sketch).Q
-    total, before = _squares(X), float("inf")
+    total, before = _squares(X), math.inf
     iterations = 0
-    for iterations in range(1, _MOST_ITERATIONS + 1):
-        Z = torch.linalg.qr(X.mT @ Q).Q
-        Y = X @ Z
-        s = torch.linalg.svdvals(Y.double())
+    while iterations < _MOST_ITERATIONS:
+        iterations += 1
+        Y = X @ torch.linalg.qr(X.mT @ Q).Q
         Q = torch.linalg.qr(Y).Q
-        after = max(total - float(s[:most].square().sum()), 0.0)
-        if abs(before - after) <= _SETTLED * after or after <= 1e-12 * total:
+        after = max(total - float(torch.linalg.svdvals(Y.double())[:most].square().sum()), 0.0)
+        if before - after <= _SETTLED * after or after <= 1e-12 * total:
             break
         before = after
     U, s, Vh = torch.linalg.svd((Q.mT @ X).double(), full_matrices=False)

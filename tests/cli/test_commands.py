@@ -243,3 +243,47 @@ def test_installed_script_and_module_agree() -> None:
         if command[0]
     ]
     assert len(set(outputs)) == 1
+
+
+def test_extract_reports_and_writes_then_negate_undoes(files, run) -> None:
+    base = {"body.a.weight": torch.randn(6, 8), "norm.weight": torch.ones(2)}
+    D = torch.outer(torch.arange(6.0), torch.arange(8.0))
+    changed = {"body.a.weight": base["body.a.weight"] + D, "norm.weight": torch.zeros(2)}
+    save_file(base, "old.safetensors")
+    save_file(changed, "new.safetensors")
+    command = ["extract", "new.safetensors", "--base", "old.safetensors"]
+    code, out, err = run(*command, "-o", "lora", "--kind", "lora")
+    assert code == 0
+    assert "low rank (up to 1) 100.0%; 0.0% is left" in out
+    assert out.endswith("\nlora\n")
+    assert "norm.weight" in err
+    code, out, _ = run(*command, "-o", "both", "--block-size", "4", "--json")
+    facts = json.loads(out)
+    assert code == 0
+    assert set(facts["adapters"]) == {"oft", "lora"}
+    assert facts["layers"][0]["name"] == "body.a.weight"
+    assert facts["unexplained"][0]["name"] == "norm.weight"
+    assert {p.name for p in (files / "both").iterdir()} == {"oft", "lora", "orthomerge.json"}
+    code, out, _ = run("negate", "lora", "-o", "undo", "--json")
+    assert code == 0
+    assert json.loads(out)["strength"] == 1.0
+    there, back = (load_file(f"{n}/adapter_model.safetensors") for n in ("lora", "undo"))
+    key = "base_model.model.body.a.lora_B.weight"
+    assert torch.equal(back[key], -there[key])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["extract", "a.safetensors", "--base", "b.safetensors"], 2, "--output"),
+        (["extract", "a.safetensors", "--base", "b.safetensors", "-o", "x"], 3, "no linear"),
+        (["extract", "a.safetensors", "--base", "b.safetensors", "-o", "x", "-k", "o"], 4, "kind"),
+        (["negate", "a.safetensors", "-o", "x"], 3, "full checkpoint"),
+        (["negate", "none", "-o", "x"], 3, "no such file"),
+    ],
+)
+def test_extract_and_negate_refuse(files, run, arguments, code, words) -> None:
+    found, _, err = run(*arguments)
+    assert found == code
+    assert words in err
+    assert not (files / "x").exists()
