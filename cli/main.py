@@ -10,7 +10,17 @@ import sys
 from typing import Annotated
 
 import typer
-from orthomerge_cli.commands import demo, diff, init, inspect, merge, methods, plan, validate
+from orthomerge_cli.commands import (
+    demo,
+    diagnose,
+    diff,
+    init,
+    inspect,
+    merge,
+    methods,
+    plan,
+    validate,
+)
 from orthomerge_cli.session import SESSION, run_guarded
 
 app = typer.Typer(
@@ -27,6 +37,7 @@ app.command("plan")(plan.plan)
 app.command("validate")(validate.validate)
 app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
+app.command("diagnose")(diagnose.diagnose)
 app.add_typer(methods.app, name="methods")
 app.command("init")(init.init)
 app.command("demo")(demo.demo)
