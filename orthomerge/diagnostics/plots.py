@@ -19,23 +19,34 @@ __all__ = ["check_plot", "heat_map_cells", "plot_diagnosis"]
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
 _CELL_WIDTH, _CELL_HEIGHT = 0.75, 0.28  # inches
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.9, 1.2, 0.6, 1.5  # margins in inches
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.9, 0.9, 0.7, 1.9  # margins in inches
 _HISTOGRAM_HEIGHT = 2.6
+_GAP, _LEAST_WIDTH = 0.2, 4.0
 _MOST_ROWS_WITH_NUMBERS = 40
+_WHITE_TEXT_BELOW = 0.15
 
 
-def heat_map_cells(diagnosis: Diagnosis) -> tuple[list[str], list[str], list[list[float]]]:
+def heat_map_cells(
+    diagnosis: Diagnosis, model: int
+) -> tuple[list[str], list[str], list[list[float]]]:
     """Return rows (layer numbers), columns (module names) and the value of each cell.
 
-    The first number in a name is its layer, the rest its module. The value is the mean over the
-    models of residual fraction / noise level; without a base, of the largest angle in degrees.
-    What is not there is nan.
+    The first number in a name is its layer, the rest its module. The value is the model's residual
+    fraction / noise level; without a base, its largest angle in degrees. Matrices of a stack are
+    averaged; what is not there is nan.
+
+    Args:
+        diagnosis: The measurements.
+        model: Which model, from 0.
     """
+    places = {layer.name: _place(layer.name) for layer in diagnosis.layers}
+    rows = sorted({row for row, _ in places.values()}, key=lambda row: (not row, int(row or 0)))
+    columns = list(dict.fromkeys(column for _, column in places.values()))
     found: dict[tuple[str, str], list[float]] = {}
     for layer in diagnosis.layers:
-        found.setdefault(_place(layer.name), []).extend(_values(layer))
-    rows = sorted({row for row, _ in found}, key=lambda row: (not row, int(row or 0)))
-    columns = list(dict.fromkeys(column for _, column in found))
+        value = _value(layer, model)
+        if value is not None:
+            found.setdefault(places[layer.name], []).append(value)
     cells = [[_mean(found.get((row, column), [])) for column in columns] for row in rows]
     return [row or "–" for row in rows], columns, cells
 
@@ -78,17 +89,22 @@ def plot_diagnosis(diagnosis: Diagnosis, path: str | Path) -> Path:
     check_plot(path)
     from matplotlib.figure import Figure
 
-    rows, columns, cells = heat_map_cells(diagnosis)
-    inner = (max(_CELL_WIDTH * len(columns), 4.0), max(_CELL_HEIGHT * len(rows), 0.6))
-    width = inner[0] + _LEFT + _RIGHT
-    height = inner[1] + 2 * _TOP + _BOTTOM + _HISTOGRAM_HEIGHT + 0.6
+    rows, columns, _ = heat_map_cells(diagnosis, 0)
+    panels = len(diagnosis.models)
+    panel = (max(_CELL_WIDTH * len(columns), 2.0), max(_CELL_HEIGHT * len(rows), 0.6))
+    inner = max(panels * panel[0] + (panels - 1) * _GAP, _LEAST_WIDTH)
+    width, height = inner + _LEFT + _RIGHT, panel[1] + _TOP + _BOTTOM + _HISTOGRAM_HEIGHT + 0.6
     figure = Figure(figsize=(width, height), dpi=150)
-    top = (height - _TOP - inner[1]) / height
-    axes = figure.add_axes((_LEFT / width, top, inner[0] / width, inner[1] / height))
-    image = _draw_cells(axes, rows, columns, cells, relative=diagnosis.base is not None)
-    bar = figure.add_axes(((width - 0.95) / width, top, 0.15 / width, inner[1] / height))
-    figure.colorbar(image, cax=bar)
-    box = (_LEFT / width, 0.6 / height, inner[0] / width, _HISTOGRAM_HEIGHT / height)
+    bottom = (height - _TOP - panel[1]) / height
+    for at in range(panels):
+        left = _LEFT + at * (panel[0] + _GAP)
+        box = (left / width, bottom, panel[0] / width, panel[1] / height)
+        image = _draw_cells(figure.add_axes(box), diagnosis, at)
+    right = _LEFT + panels * (panel[0] + _GAP)
+    figure.colorbar(image, cax=figure.add_axes((right / width, bottom, 0.15 / width, box[3])))
+    what = "residual / noise level (0: rotation, 1: noise)" if diagnosis.base else "largest angle"
+    figure.suptitle(what, x=_LEFT / width, y=1 - 0.1 / height, ha="left", va="top", size=10)
+    box = (_LEFT / width, 0.6 / height, inner / width, _HISTOGRAM_HEIGHT / height)
     _draw_angles(figure.add_axes(box), diagnosis)
     try:
         figure.savefig(path)
@@ -106,44 +122,50 @@ def _place(name: str) -> tuple[str, str]:
     return match[1], re.sub(r"\.\d+(?=\.|$)", ".*", rest) or name
 
 
-def _values(layer: LayerGeometry) -> list[float]:
-    models = [model for model in layer.models if model is not None]
-    if layer.base_norm is None:
-        return [model.largest_angle for model in models]
-    return [model.over_noise for model in models if model.over_noise is not None]
+def _value(layer: LayerGeometry, at: int) -> float | None:
+    model = layer.models[at]
+    if model is None:
+        return None
+    return model.largest_angle if layer.base_norm is None else model.over_noise
 
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values) if values else math.nan
 
 
-def _draw_cells(
-    axes: Any, rows: Sequence[str], columns: Sequence[str], cells: list[list[float]], relative: bool
-) -> Any:
+def _draw_cells(axes: Any, diagnosis: Diagnosis, at: int) -> Any:
+    """Draw one model's cells; grey where nothing is known."""
+    rows, columns, cells = heat_map_cells(diagnosis, at)
+    relative = diagnosis.base is not None
+    largest = max((m.largest_angle for x in diagnosis.layers for m in x.models if m), default=1.0)
     axes.set_facecolor("0.85")
-    limits = {"vmin": 0.0, "vmax": 1.2} if relative else {}
-    colours = "RdYlBu" if relative else "Blues"
-    image = axes.imshow(cells, cmap=colours, aspect="auto", **limits)
+    colours, limit = ("RdYlBu", 1.2) if relative else ("Oranges", largest or 1.0)
+    image = axes.imshow(cells, cmap=colours, aspect="auto", vmin=0.0, vmax=limit)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", size=8)
-    axes.set_yticks(range(len(rows)), rows, size=8)
-    axes.set_ylabel("layer", size=9)
-    title = "residual / noise level (0: rotation, 1: noise)" if relative else "largest angle, °"
-    axes.set_title(title, size=10)
+    axes.set_yticks(range(len(rows)), rows if at == 0 else [""] * len(rows), size=8)
+    axes.set_title(_label(diagnosis, at), size=9)
+    if at == 0:
+        axes.set_ylabel("layer", size=9)
     if len(rows) <= _MOST_ROWS_WITH_NUMBERS:
-        for at, line in enumerate(cells):
+        for row, line in enumerate(cells):
             for column, value in enumerate(line):
-                text = "" if math.isnan(value) else f"{value:.2f}" if relative else f"{value:.1f}"
-                axes.text(column, at, text, size=7, ha="center", va="center")
+                text = "" if math.isnan(value) else f"{value:.2f}" if relative else f"{value:.1f}°"
+                colour = "white" if relative and value < _WHITE_TEXT_BELOW else "black"
+                axes.text(column, row, text, size=7, ha="center", va="center", color=colour)
     return image
+
+
+def _label(diagnosis: Diagnosis, at: int) -> str:
+    return f"{at + 1}: {Path(diagnosis.models[at]).name}".replace("$", r"\$")
 
 
 def _draw_angles(axes: Any, diagnosis: Diagnosis) -> None:
     """Draw one outline per model over all layers; planes below the first edge are not drawn."""
-    for at, origin in enumerate(diagnosis.models):
+    for at in range(len(diagnosis.models)):
         models = [layer.models[at] for layer in diagnosis.layers]
         counts = [model.angle_counts for model in models if model is not None]
         total = [sum(column) for column in zip(*counts, strict=True)] or [0] * len(ANGLE_EDGES)
-        axes.stairs(total[1:], ANGLE_EDGES, label=f"{at + 1}: {Path(origin).name}", linewidth=1.5)
+        axes.stairs(total[1:], ANGLE_EDGES, label=_label(diagnosis, at), linewidth=1.5)
     axes.set_xscale("log")
     axes.set_xlim(ANGLE_EDGES[0], ANGLE_EDGES[-1])
     axes.set_xlabel("rotation angle in degrees (log scale)", size=9)

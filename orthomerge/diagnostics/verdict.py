@@ -17,6 +17,9 @@ __all__ = ["EXACT", "MARGIN", "MATTERS", "SERIES", "Verdict", "judge"]
 
 #: A change is rotational below ``(1 - MARGIN) x noise level``, as the gate of orthomerge-decoupled.
 MARGIN = 0.1
+#: ... and by this many standard deviations of noise in a layer of its size, which matters only in
+#: layers of less than a thousand weights or so.
+DEVIATIONS = 3.0
 #: Below this fraction of the noise level a change is a rotation and nothing else.
 EXACT = 0.05
 #: Fraction of all changes (squared norms) that must be in rotational updates for it to matter.
@@ -40,6 +43,7 @@ class Verdict:
         changed_layers: Layers that at least one model changes.
         rotational_updates: Pairs of a model and a layer that are rotational.
         changed_updates: Pairs with a change.
+        by_model: How many layers are rotational in each model, in order.
         share: Fraction of ``Σ ‖D‖²`` in rotational updates; None without a base.
         text: The line.
     """
@@ -50,6 +54,7 @@ class Verdict:
     changed_layers: int
     rotational_updates: int
     changed_updates: int
+    by_model: tuple[int, ...]
     share: float | None
     text: str
 
@@ -58,7 +63,8 @@ def judge(diagnosis: Diagnosis, margin: float = MARGIN) -> Verdict:
     """Say in one line what a diagnosis means.
 
     An update (one model, one layer) is rotational if its residual fraction is below
-    ``(1 - margin)`` times what isotropic noise would leave.
+    ``(1 - max(margin, 3 σ))`` times b, what isotropic noise would leave;
+    ``σ = sqrt((1 - b²) / (2 b² o n))`` is the relative spread of noise in a layer [o, n].
 
     Args:
         diagnosis: The measurements.
@@ -69,12 +75,16 @@ def judge(diagnosis: Diagnosis, margin: float = MARGIN) -> Verdict:
     changed = [
         (layer, model) for layer in diagnosis.layers for model in layer.models if _over(model)
     ]
-    turned = [(layer, model) for layer, model in changed if _below(model, 1 - margin)]
+    turned = [(layer, model) for layer, model in changed if _rotational(layer, model, margin)]
     sizes = [_energy(layer, model) for layer, model in changed]
     share = math.fsum(_energy(*pair) for pair in turned) / (math.fsum(sizes) or 1.0)
     kind = _kind(changed, share)
     layers = len({layer.name for layer, _ in changed})
     rotational = len({layer.name for layer, _ in turned})
+    by_model = tuple(
+        sum(_rotational(layer, layer.models[at], margin) for layer in diagnosis.layers)
+        for at in range(len(diagnosis.models))
+    )
     return Verdict(
         kind=kind,
         matters=kind not in ("unchanged", "not-rotational"),
@@ -82,8 +92,9 @@ def judge(diagnosis: Diagnosis, margin: float = MARGIN) -> Verdict:
         changed_layers=layers,
         rotational_updates=len(turned),
         changed_updates=len(changed),
+        by_model=by_model,
         share=share,
-        text=_text(kind, changed, turned, share),
+        text=_text(kind, changed, turned, share, by_model),
     )
 
 
@@ -100,7 +111,9 @@ def _kind(changed: _Updates, share: float) -> Kind:
     return "rotational" if share >= 0.5 else "partly-rotational"
 
 
-def _text(kind: Kind, changed: _Updates, turned: _Updates, share: float) -> str:
+def _text(
+    kind: Kind, changed: _Updates, turned: _Updates, share: float, by_model: Sequence[int]
+) -> str:
     layers = len({layer.name for layer, _ in changed})
     if kind == "unchanged":
         return "No measured layer differs from the base: there is nothing to merge."
@@ -119,7 +132,7 @@ def _text(kind: Kind, changed: _Updates, turned: _Updates, share: float) -> str:
             f"{max(over):.2g} of noise): {effect}; merge the rotations, orthomerge-decoupled."
         )
     found = f"{len({layer.name for layer, _ in turned})} of {layers} layers"
-    pairs = f" ({len(turned)} of {len(changed)} updates)" if len(changed) != layers else ""
+    pairs = f" (by model {', '.join(map(str, by_model))})" if len(by_model) > 1 else ""
     head = f"Rotational in {found}{pairs}, with {share:.0%} of the change"
     if kind == "partly-rotational":
         head = f"Partly rotational: in {found}{pairs}, with {share:.0%} of the change"
@@ -131,6 +144,10 @@ def _of_adapters(diagnosis: Diagnosis) -> Verdict:
     pairs = [(layer, model) for layer in diagnosis.layers for model in layer.models if model]
     turned = [(layer, model) for layer, model in pairs if model.generator_norm > 0]
     layers = len({layer.name for layer, _ in turned})
+    by_model = tuple(
+        sum(bool(model and model.generator_norm) for model in column)
+        for column in zip(*(layer.models for layer in diagnosis.layers), strict=True)
+    )
     kind: Kind = "rotation" if turned else "unchanged"
     if turned:
         angle = max(model.largest_angle for _, model in turned)
@@ -144,7 +161,7 @@ def _of_adapters(diagnosis: Diagnosis) -> Verdict:
     else:
         text = "No module is rotated: the adapters are untrained, there is nothing to merge."
     counts = (layers, layers, len(turned), len(turned))
-    return Verdict(kind, bool(turned), *counts, None, text)
+    return Verdict(kind, bool(turned), *counts, by_model, None, text)
 
 
 def _over(model: ModelGeometry | None) -> bool:
@@ -153,6 +170,14 @@ def _over(model: ModelGeometry | None) -> bool:
 
 def _below(model: ModelGeometry | None, limit: float) -> bool:
     return model is not None and model.over_noise is not None and model.over_noise < limit
+
+
+def _rotational(layer: LayerGeometry, model: ModelGeometry | None, margin: float) -> bool:
+    if model is None or not model.noise_level:
+        return False
+    noise = model.noise_level**2
+    spread = math.sqrt((1 - noise) / (2 * noise * layer.parameters))
+    return _below(model, 1 - max(margin, DEVIATIONS * spread))
 
 
 def _energy(layer: LayerGeometry, model: ModelGeometry | None) -> float:
