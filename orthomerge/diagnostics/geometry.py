@@ -27,7 +27,7 @@ from orthomerge.diagnostics.measurements import (
     ModelGeometry,
 )
 from orthomerge.diagnostics.survey import Survey, SurveyedLayer, plan_survey
-from orthomerge.errors import NumericalError
+from orthomerge.errors import BudgetError, NumericalError
 from orthomerge.linalg.checks import frobenius, orthogonality
 from orthomerge.linalg.energy import hyperspherical_energy
 from orthomerge.linalg.precision import full_precision
@@ -97,6 +97,7 @@ def diagnose(
         AdapterError: An adapter is malformed or does not fit.
         RecipeError: A base is needed, no layer matches, or the block size does not divide one.
         NumericalError: A tensor is not finite.
+        BudgetError: There is no such device.
 
     >>> turned = {"w": torch.tensor([[0.0, 1.0], [-2.0, 0.0]])}
     >>> found = diagnose([turned], {"w": torch.tensor([[1.0, 0.0], [0.0, 2.0]])})
@@ -113,6 +114,7 @@ def measure(
     survey: Survey, settings: Settings, advance: Callable[[int], None] | None = None
 ) -> Diagnosis:
     """Measure the layers of a survey; ``diagnose`` explains arguments and errors."""
+    _check_device(settings.device)
     skipped = survey.skipped.copy()
     found: list[LayerGeometry] = []
     for layer in survey.layers:
@@ -135,6 +137,18 @@ def measure(
         layers=tuple(found),
         skipped=dict(skipped),
     )
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown; or known, but not on this machine
+        raise BudgetError(
+            "there is no such device here",
+            expected="cpu, cuda or cuda:N",
+            found=name,
+            remedy="Leave --device out to compute on the CPU.",
+        ) from error
 
 
 def _measure_layer(

@@ -124,8 +124,9 @@ def test_plot_is_written(folders, run) -> None:
         (["broken", "--base", "base"], 5, "NaN"),
         (["noisy", "--base", "base", "--plot", "plot.xyz"], 3, "cannot be written"),
         (["noisy", "--base", "base", "--anchor", "-1"], 2, "--anchor"),
+        (["noisy", "--base", "base", "--device", "abacus"], 6, "no such device"),
     ],
-    ids=["no base", "no layer", "block", "absent", "shapes", "nan", "plot", "usage"],
+    ids=["no base", "no layer", "block", "absent", "shapes", "nan", "plot", "usage", "device"],
 )
 def test_exit_codes(folders, run, write_folder, arguments, code, message) -> None:
     names = [f"model.layers.{at}.{part}.weight" for at in (0, 1) for part in ("mlp.up", "attn.q")]

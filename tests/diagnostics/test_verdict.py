@@ -80,7 +80,7 @@ def test_a_rotation_is_recognised_as_one(source, dtype) -> None:
 def test_rotations_with_noise_on_top_are_rotational(source) -> None:
     base = source.model()
     model = {
-        k: W @ source.rotation(W.shape[1]) + 0.05 * source.normal(*W.shape) for k, W in base.items()
+        k: W @ source.rotation(W.shape[1]) + 0.02 * source.normal(*W.shape) for k, W in base.items()
     }
     said = judge(diagnose([model], base))
     assert (said.kind, said.rotational_layers) == ("rotational", 12)
