@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,9 +133,8 @@ def layer_weights(
     return W0.float().to(device), Xs
 
 
-def measure_polar(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def measure_polar(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure every polar method over sizes and dtypes."""
-    rows = []
     for n in options.sizes:
         generator = torch.Generator().manual_seed(options.seed + n)
         M, exact = conditioned(n, n, 1e4, generator)
@@ -152,8 +151,7 @@ def measure_polar(options: argparse.Namespace, device: torch.device) -> list[dic
                     "fallbacks": report.fallbacks,
                     "error": float((R.double().cpu() - exact).abs().max()),
                 }
-            rows.append({"n": n, "dtype": str(dtype).removeprefix("torch."), "methods": times})
-    return rows
+            yield {"n": n, "dtype": str(dtype).removeprefix("torch."), "methods": times}
 
 
 def layer_runs(
@@ -179,9 +177,8 @@ def layer_runs(
     return runs
 
 
-def measure_layers(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def measure_layers(options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """Measure the layer step and single fits over the shapes."""
-    rows = []
     for name, shape in options.shapes.items():
         W0, Xs = layer_weights(shape, options.seed, device)
         turned: dict[str, Tensor] = {}
@@ -189,7 +186,7 @@ def measure_layers(options: argparse.Namespace, device: torch.device) -> list[di
         times = interleaved(runs, options.rounds, device)
         moved = {label: float(frobenius(W - W0) / frobenius(W0)) for label, W in turned.items()}
         fits = [procrustes_right(W0, Xs[0], anchor=anchor) for anchor in ANCHORS]
-        rows.append(
+        yield (
             {
                 "name": name,
                 "shape": list(shape),
@@ -206,7 +203,6 @@ def measure_layers(options: argparse.Namespace, device: torch.device) -> list[di
                 },
             }
         )
-    return rows
 
 
 def targets(layers: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,21 +249,26 @@ def main() -> None:
     facts = {"machine": machine(), "versions": measured, "threads": torch.get_num_threads()}
     if device.type == "cuda":
         facts["accelerator"] = torch.cuda.get_device_name(device)
-    layers = measure_layers(options, device)
-    polar = measure_polar(options, device)
-    check_sources(measured)
-    result = {
+    result: dict[str, Any] = {
         "benchmark": "geometry",
         "command": run_command(),
         **facts,
         "seed": options.seed,
         "experts": EXPERTS,
         "rounds": options.rounds,
-        "layers": layers,
-        "polar": polar,
-        "targets": targets(layers),
+        "layers": [],
+        "polar": [],
+        "targets": [],
     }
-    write_result(options.results, result)
+    for key, rows in (
+        ("layers", measure_layers(options, device)),
+        ("polar", measure_polar(options, device)),
+    ):
+        for row in rows:  # long runs keep what they have
+            result[key].append(row)
+            result["targets"] = targets(result["layers"])
+            check_sources(measured)
+            write_result(options.results, result)
     for row in result["targets"]:
         print(row)
     print(f"written to {options.results}")

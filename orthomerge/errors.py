@@ -103,6 +103,13 @@ class OrthoMergeError(Exception):
             self.args = (self._text(),)
         return self
 
+    def about(self, tensor: str) -> Self:
+        """Say which tensor it concerns, if that is not known yet; return the error itself."""
+        if self.tensor is None:
+            self.tensor = tensor
+            self.args = (self._text(),)
+        return self
+
     def as_dict(self) -> dict[str, object]:
         """Return the error's facts as one JSON-ready object."""
         facts = {

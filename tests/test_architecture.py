@@ -26,6 +26,7 @@ ALLOWED = {
     "adapters": {"linalg", "checkpoints"},
     "merging": {"linalg", "checkpoints", "adapters"},
     "diagnostics": {"linalg", "checkpoints", "adapters"},
+    "extraction": {"linalg", "checkpoints", "adapters", "diagnostics"},
     "recipe": {"linalg", "checkpoints", "adapters", "merging"},
     "demo": {"linalg", "checkpoints", "adapters"},
 }

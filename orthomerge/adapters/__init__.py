@@ -16,6 +16,7 @@ from orthomerge.adapters.export import (
     MergedModule,
     common_convention,
     merged_oft_config,
+    oft_config,
     stored_from_canonical,
 )
 from orthomerge.adapters.hra import HraAdapter
@@ -60,6 +61,7 @@ __all__ = [
     "lora_tensors",
     "merged_oft_config",
     "negated",
+    "oft_config",
     "oft_key",
     "read_adapter_config",
     "rotation",

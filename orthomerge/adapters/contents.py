@@ -73,7 +73,16 @@ def _sort(
 ) -> None:
     found = next((one for one in parameters if name.endswith(f".{one}")), None)
     if found is not None:
-        module = name.removesuffix(f".{found}").replace(".base_layer.", ".")
+        module = name.removesuffix(f".{found}")
+        if ".base_layer." in module:
+            raise AdapterError(
+                "adapts a layer inside another adapted layer (nn.MultiheadAttention), "
+                "whose effect differs between PEFT versions",
+                file=origin,
+                tensor=info.name,
+                remedy="Merge it into its base with the PEFT that trained it, and merge the full "
+                "models.",
+            )
         contents.parameters.setdefault(module, {})[found] = info
         return
     # The parameter's name is the last part, or followed by ".weight" and the adapter's name.

@@ -18,7 +18,13 @@ from orthomerge.errors import AdapterError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergedModule", "common_convention", "merged_oft_config", "stored_from_canonical"]
+__all__ = [
+    "MergedModule",
+    "common_convention",
+    "merged_oft_config",
+    "oft_config",
+    "stored_from_canonical",
+]
 
 # The version that introduced what is written: the config's meaning, not the installed package.
 _VERSION, _EMBEDDING_VERSION = "0.18.0", "0.19.0"
@@ -149,6 +155,45 @@ def merged_oft_config(
         "target_modules": _targets(adapters, modules, base_modules),
         "task_type": _agreed(adapters, "task_type"),
         "use_cayley_neumann": convention.cayley_neumann,
+    }
+
+
+def oft_config(
+    modules: Mapping[str, MergedModule],
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    base_modules: Collection[str] = (),
+) -> dict[str, Any]:
+    """Return the ``adapter_config.json`` of an OFT adapter with the exact Cayley map.
+
+    Args:
+        modules: What is stored, by module path; linear layers, no shared blocks.
+        base_model: Name or path of the base model.
+        task_type: PEFT's, e.g. ``"CAUSAL_LM"``.
+        base_modules: Paths of the base model's modules; see ``merged_oft_config``.
+
+    Raises:
+        AdapterError: No single setting gives all modules their block size.
+    """
+    setting, value = common_setting(
+        {(module.in_features, module.block_size) for module in modules.values()}
+    )
+    return {
+        **_FIXED,
+        "auto_mapping": None,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "block_share": False,
+        "modules_to_save": None,
+        "num_cayley_neumann_terms": 5,
+        "oft_block_size": value if setting == "oft_block_size" else 0,
+        "peft_version": _VERSION,
+        "r": value if setting == "r" else 0,
+        "revision": None,
+        "target_modules": exact_targets(modules, base_modules),
+        "task_type": task_type,
+        "use_cayley_neumann": False,
     }
 
 

@@ -10,6 +10,8 @@ from orthomerge.errors import OutputError
 
 __all__ = ["check_destination", "check_replaceable", "partial_folder"]
 
+_ADAPTERS = ("oft", "lora")
+
 
 def partial_folder(output: Path) -> Path:
     """Return the folder in which an output grows: beside it, named ``OUT.partial``.
@@ -91,4 +93,7 @@ def _looks_like_output(folder: Path) -> bool:
     paths = list(folder.iterdir())
     known = {"config.json", "adapter_config.json", "orthomerge.json"}
     marked = any(path.name in known or path.suffix == ".safetensors" for path in paths)
-    return not paths or (marked and not any(path.is_dir() for path in paths))
+    # An extraction holds its two adapters in folders of these names, and no others.
+    inner = [path for path in paths if path.is_dir()]
+    ours = all(path.name in _ADAPTERS and _looks_like_output(path) for path in inner)
+    return not paths or (marked and ours)

@@ -40,9 +40,12 @@ STRENGTHS = {
     "linear": "mean of the weights",
     "task-arithmetic": "scale 0.4, a usual choice",
     "ties": "density 0.2, scale 1: the method's defaults",
+    "tsv-m": "the method's defaults",
     "orthomerge": "the method's defaults",
+    "lie-tsv": "the method's defaults",
 }
 _TASK_ARITHMETIC = ("--method", "task-arithmetic", "--set", "scale=0.4")
+_TSV = ("--method", "tsv-m")
 _TIES = ("--method", "ties", "--set", "density=0.2", "--set", "scale=1.0")
 _WITH_BASE = ("--base", BASE_FOLDER)
 
@@ -114,6 +117,8 @@ def merge_jobs(domains: Sequence[str]) -> list[MergeJob]:
             "full-task-arithmetic",
         ),
         _job("ties", FULL_MERGES, full, (*_WITH_BASE, *_TIES), "full-ties"),
+        _job("tsv-m", FULL_MERGES, full, (*_WITH_BASE, *_TSV), "full-tsv-m"),
+        _job("orthomerge", FULL_MERGES, full, (*_WITH_BASE, *rotations), "full-orthomerge"),
         _job("linear, folded", OFT_MERGES, folded, ("--method", "linear"), "oft-linear"),
         _job(
             "task-arithmetic, folded",
@@ -123,6 +128,15 @@ def merge_jobs(domains: Sequence[str]) -> list[MergeJob]:
             "oft-task-arithmetic",
         ),
         _job("ties, folded", OFT_MERGES, folded, (*_WITH_BASE, *_TIES), "oft-ties"),
+        _job("tsv-m, folded", OFT_MERGES, folded, (*_WITH_BASE, *_TSV), "oft-tsv-m"),
+        MergeJob(
+            "lie-tsv, adapter",
+            OFT_MERGES,
+            adapters,
+            ("--method", "lie-tsv"),
+            "merges/oft-lie-tsv-adapter",
+            adapter=True,
+        ),
         MergeJob(
             "orthomerge, adapter",
             OFT_MERGES,

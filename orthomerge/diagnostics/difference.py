@@ -10,7 +10,7 @@ import torch
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
 from orthomerge.checkpoints.reader import Checkpoint
 
-__all__ = ["TensorDifference", "diff_checkpoints"]
+__all__ = ["TensorDifference", "compare_tensor", "diff_checkpoints"]
 
 _PIECE = 1 << 18
 
@@ -44,7 +44,7 @@ def diff_checkpoints(first: Checkpoint, second: Checkpoint) -> list[TensorDiffer
     before all others.
     """
     names = list(dict.fromkeys([*first.tensors, *second.tensors]))
-    found = [_compare(first, second, name) for name in names]
+    found = [compare_tensor(first, second, name) for name in names]
     return sorted(found, key=_order)
 
 
@@ -54,7 +54,8 @@ def _order(difference: TensorDifference) -> tuple[int, float]:
     return 1, -math.inf if math.isnan(difference.relative) else -difference.relative
 
 
-def _compare(first: Checkpoint, second: Checkpoint, name: str) -> TensorDifference:
+def compare_tensor(first: Checkpoint, second: Checkpoint, name: str) -> TensorDifference:
+    """Compare one tensor of two checkpoints, in pieces."""
     if name not in first.tensors or name not in second.tensors:
         return TensorDifference(name, "only-first" if name in first.tensors else "only-second")
     a, b = first.tensors[name], second.tensors[name]

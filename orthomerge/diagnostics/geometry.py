@@ -31,11 +31,8 @@ from orthomerge.errors import BudgetError, NumericalError
 from orthomerge.linalg.checks import frobenius, orthogonality
 from orthomerge.linalg.energy import hyperspherical_energy
 from orthomerge.linalg.precision import full_precision
-from orthomerge.linalg.procrustes_fits import (
-    ProcrustesFit,
-    procrustes_right,
-    residual_noise_baseline,
-)
+from orthomerge.linalg.procrustes_anchors import residual_noise_baseline
+from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley, inverse_cayley
 

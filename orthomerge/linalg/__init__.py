@@ -27,17 +27,14 @@ if TYPE_CHECKING:
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
-    from orthomerge.linalg.procrustes_fits import (
-        ProcrustesFit,
-        automatic_anchor,
-        procrustes_right,
-        residual_noise_baseline,
-    )
+    from orthomerge.linalg.procrustes_anchors import automatic_anchor, residual_noise_baseline
+    from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
     from orthomerge.linalg.procrustes_frames import ProcrustesBase
     from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
     from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
     from orthomerge.linalg.triangular import block_size, packed_width
+    from orthomerge.linalg.truncation import Truncation, truncated_svd
 
 __all__ = [
     "AlgebraMerge",
@@ -51,6 +48,7 @@ __all__ = [
     "ProcrustesBase",
     "ProcrustesFit",
     "ProcrustesMeanReport",
+    "Truncation",
     "align_blocks",
     "apply_cayley",
     "automatic_anchor",
@@ -84,6 +82,7 @@ __all__ = [
     "rotate_columns",
     "rotation_angles",
     "skewness",
+    "truncated_svd",
     "unpack_skew",
 ]
 
@@ -137,12 +136,8 @@ _MODULES = {
         "polar_factor",
     ),
     "precision": ("full_precision",),
-    "procrustes_fits": (
-        "ProcrustesFit",
-        "automatic_anchor",
-        "procrustes_right",
-        "residual_noise_baseline",
-    ),
+    "procrustes_anchors": ("automatic_anchor", "residual_noise_baseline"),
+    "procrustes_fits": ("ProcrustesFit", "procrustes_right"),
     "procrustes_frames": ("ProcrustesBase",),
     "rotation_means": (
         "KarcherReport",
@@ -158,6 +153,7 @@ _MODULES = {
         "pack_skew",
         "unpack_skew",
     ),
+    "truncation": ("Truncation", "truncated_svd"),
     "triangular": (
         "block_size",
         "packed_width",

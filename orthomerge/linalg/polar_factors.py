@@ -90,12 +90,10 @@ def polar_at_precision(
     chosen = _choose(X, method)
     shape = X.shape
     flat = _unit_size(X).reshape(-1, *shape[-2:])
-    if chosen == "eigh":
-        R = _by_eigh(flat, precision, out)
-    else:
-        R = _METHODS[chosen](flat.to(out))
+    rounded = flat.to(out)
+    R = _by_eigh(flat, precision, out) if chosen == "eigh" else _METHODS[chosen](rounded)
     gram_defects = _defects(R)
-    failed = ~_is_polar(R, flat.to(out), precision, gram_defects)
+    failed = ~_is_polar(R, rounded, precision, gram_defects)
     count = int(failed.sum())
     if count:
         R[failed] = _safe(flat[failed].double()).to(R.dtype)
@@ -158,7 +156,8 @@ def _is_polar(R: Tensor, X: Tensor, precision: torch.dtype, defects: Tensor) -> 
     asymmetry = torch.linalg.vector_norm(H - H.mT, dim=(-2, -1))
     size = torch.linalg.vector_norm(X, dim=(-2, -1))
     orthogonal = defects <= max(8.0, math.sqrt(n) / 4) * eps
-    return orthogonal & (asymmetry <= 100 * math.sqrt(n) * eps * size)
+    polar: Tensor = orthogonal & (asymmetry <= 100 * math.sqrt(n) * eps * size)
+    return polar
 
 
 def _defects(R: Tensor) -> Tensor:

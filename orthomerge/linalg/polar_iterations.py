@@ -102,7 +102,7 @@ def quintic_coefficients(lower: float) -> tuple[tuple[float, float, float], ...]
     >>> abs(a + b + c - 1) < 0.1
     True
     """
-    steps = []
+    steps: list[tuple[float, float, float]] = []
     low, high = lower, 1.0
     while high - low > 1e-3 and len(steps) < 40:
         (a, b, c), error = _minimax_quintic(low, high)
@@ -159,7 +159,8 @@ def _halley_by_cholesky(X: Tensor, a: float, b: float, c: float) -> Tensor:
 
 def _balance(inverse: Tensor, X: Tensor) -> Tensor:
     ratio = _one_times_infinity(inverse) / _one_times_infinity(X)
-    return ratio.pow(0.25)
+    balance: Tensor = ratio.pow(0.25)
+    return balance
 
 
 def _one_times_infinity(X: Tensor) -> Tensor:
@@ -175,7 +176,8 @@ def _spectral_bound(M: Tensor) -> Tensor:
     rough = torch.where(rough > 0, rough, 1.0)
     X = M / rough
     fine = torch.linalg.vector_norm(X.mT @ X, dim=(-2, -1), keepdim=True).sqrt()
-    return rough * torch.where(fine > 0, fine, 1.0) * (1 + 1e-5)
+    bound: Tensor = rough * torch.where(fine > 0, fine, 1.0) * (1 + 1e-5)
+    return bound
 
 
 def _defect(G: Tensor) -> float:

@@ -18,6 +18,7 @@ from orthomerge.linalg.blocks import rotate_columns
 from orthomerge.linalg.checks import frobenius, require_finite
 from orthomerge.linalg.polar_factors import PolarMethod, PolarReport
 from orthomerge.linalg.precision import full_precision, working_dtype
+from orthomerge.linalg.procrustes_anchors import automatic_anchor
 from orthomerge.linalg.procrustes_frames import (
     Factored,
     ProcrustesBase,
@@ -30,9 +31,7 @@ from orthomerge.linalg.rotations import inverse_cayley
 __all__ = [
     "ProcrustesFit",
     "Reduction",
-    "automatic_anchor",
     "procrustes_right",
-    "residual_noise_baseline",
 ]
 
 Reduction = Literal["auto", "none", "qr-core", "subspace"]
@@ -74,7 +73,8 @@ class ProcrustesFit:
     def rotation(self) -> Tensor:
         """Return R, dense [n, n]."""
         if self.core.dim() == 3:
-            return torch.block_diag(*self.core)
+            blocks: Tensor = torch.block_diag(*self.core)  # type: ignore[no-untyped-call]
+            return blocks
         return self.core if self.frame is None else self._widen(self._turn(), identity=True)
 
     @full_precision()
@@ -114,13 +114,12 @@ class ProcrustesFit:
         return W + (W @ S) @ self._turn().to(dtype) @ S.mT
 
     def _turn(self) -> Tensor:
-        return self.core - torch.eye(
-            self.core.shape[-1], dtype=self.core.dtype, device=self.core.device
-        )
+        core = self.core
+        return core - torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
 
     def _widen(self, small: Tensor, *, identity: bool) -> Tensor:
-        assert self.frame is not None
-        out = self.frame @ small @ self.frame.mT
+        S = self.core if self.frame is None else self.frame
+        out = S @ small @ S.mT
         if identity:
             out.diagonal().add_(1)
             return out
@@ -186,46 +185,32 @@ def procrustes_right(
     dtype = working_dtype(weight, X)
     if anchor == 0 and null == "svd":
         return _reference(weight.to(dtype), X.to(dtype))
+    options = _Options(method, reduce, block, special)
+    return _anchored_fit(base, X, anchor, options, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    method: PolarMethod
+    reduce: Reduction
+    block: int | None
+    special: bool
+
+
+def _anchored_fit(
+    base: ProcrustesBase, X: Tensor, anchor: float, options: _Options, dtype: torch.dtype
+) -> ProcrustesFit:
     target = X.double() / base.unit
-    current, retries = anchor, 0
+    retries = 0
     while True:
-        found = _solve(base, target, current, method, reduce, block, dtype)
+        found = _solve(base, target, anchor, options, dtype)
         skew, safe = _checked_skew(found)
-        if safe or not special:
-            break
+        if safe or not options.special:
+            return _finish(base, X, found, skew if safe else None, anchor, retries, dtype)
         retries += 1
-        current = _raised(base, target, current, retries)
-        reduce = "none" if reduce == "none" else "subspace"  # the QR-core has no anchor to raise
-    return _finish(base, X, found, skew if safe else None, current, retries, dtype)
-
-
-def automatic_anchor(W0: Tensor, D: Tensor) -> float:
-    """Return a relative anchor with which every angle of the fit to ``W0 + D`` is below 90°.
-
-    ``max(1e-6, 1.001 ||W0^T D||_2 n / ||W0||_F^2)``, the norm by an upper bound at most n^(1/16)
-    too large. Always safe, but it damps rotations strongly: a last resort.
-
-    >>> automatic_anchor(torch.eye(2), torch.zeros(2, 2))
-    1e-06
-    """
-    size = float(frobenius(W0))
-    if size == 0:
-        return 1e-6
-    unit = size / math.sqrt(W0.shape[-1])
-    G = (W0.double() / unit).mT @ (D.double() / unit)
-    return max(1e-6, 1.001 * _spectral_bound(G))
-
-
-def residual_noise_baseline(o: int, n: int) -> float:
-    """Return the residual fraction ``||X - W0 R|| / ||D||`` that isotropic noise D leaves.
-
-    ``sqrt(1 - n / (2 o))`` for o >= n, else ``sqrt(o / (2 n))``: only a layer clearly below it
-    has been rotated.
-
-    >>> round(residual_noise_baseline(100, 100), 4)
-    0.7071
-    """
-    return math.sqrt(1 - n / (2 * o)) if o >= n else math.sqrt(o / (2 * n))
+        anchor = _raised(base, target, anchor, retries)
+        if options.reduce != "none":  # the QR-core has no anchor that could be raised
+            options = replace(options, reduce="subspace")
 
 
 def _check(W0: Tensor, X: Tensor, anchor: float, block: int | None, reduce: str, null: str) -> None:
@@ -253,12 +238,11 @@ def _solve(
     base: ProcrustesBase,
     X: Tensor,
     anchor: float,
-    method: PolarMethod,
-    reduce: Reduction,
-    block: int | None,
+    options: _Options,
     data: torch.dtype,
 ) -> Factored:
     o, n = X.shape
+    method, reduce, block = options.method, options.reduce, options.block
     if block is not None:
         left, right = (T.reshape(o, -1, block).transpose(0, 1) for T in (base.double, X))
         return replace(dense_fit(left.mT @ right, anchor, method, data), reduction="block")
@@ -269,9 +253,9 @@ def _solve(
             return found
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
-    M = base.double.mT @ X
     # Without a null space a factor in the data's own precision is as good as the data.
-    return dense_fit(M, anchor, method, data, out=data if o >= n else torch.float64)
+    precision = data if o >= n else torch.float64
+    return dense_fit(base.against(X, precision), anchor, method, data, out=precision)
 
 
 def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
@@ -324,6 +308,8 @@ def _finish(
         skew=None if skew is None else skew.to(dtype),
         half=None if half is None else (half[0].to(dtype), half[1].to(dtype), half[2].to(dtype)),
     )
+    if found.misfit is not None:
+        return replace(fit, residual=float(frobenius(found.misfit)) * base.unit)
     return replace(fit, residual=float(frobenius(fit.apply(base.weight) - X)))
 
 
@@ -346,14 +332,3 @@ def _reference(W0: Tensor, X: Tensor) -> ProcrustesFit:
     gram = R.mT @ R - torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
     report = PolarReport("svd", float(frobenius(gram)) / math.sqrt(max(R.shape[0], 1)), 0)
     return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense")
-
-
-def _spectral_bound(G: Tensor) -> float:
-    """Return the Schatten-16 norm of G, never below the spectral one."""
-    size = float(frobenius(G))
-    if size == 0:
-        return 0.0
-    K = (G / size).mT @ (G / size)
-    K = K @ K
-    K = K @ K
-    return size * float(frobenius(K)) ** (1 / 8)

@@ -6,6 +6,7 @@ angle near pi, is decided in ``procrustes_fits``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,7 +47,23 @@ class ProcrustesBase:
     @property
     def unit(self) -> float:
         """What weights are divided by."""
-        return self.norm / self.weight.shape[-1] ** 0.5
+        return self.norm / math.sqrt(self.weight.shape[-1])
+
+    @cached_property
+    def gram(self) -> Tensor:
+        """``W0^T W0`` of the scaled weight, float64; the part of ``W0^T X`` all experts share."""
+        return self.double.mT @ self.double
+
+    def against(self, X: Tensor, precision: torch.dtype) -> Tensor:
+        """Return ``W0^T X`` in float64, X [o, n] float64 and scaled as the weight is.
+
+        The Gram matrix is in float64; the product with the change, which is small for a
+        fine-tune, need only be as precise as the data.
+        """
+        if precision == torch.float64:
+            return self.double.mT @ X
+        change = (X - self.double).to(precision)
+        return self.gram + (self.double.to(precision).mT @ change).double()
 
     @cached_property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -57,9 +74,11 @@ class ProcrustesBase:
 
 @dataclass(frozen=True)
 class Factored:
-    """One solution: ``R = I + S (core - I) S^T`` (S = I where ``frame`` is None), in float64 but for dense ones.
+    """One solution: ``R = I + S (core - I) S^T``, S = I where ``frame`` is None.
 
-    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
+    In float64, except that a dense fit of float32 data is in float32.
+    ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known, and
+    ``misfit`` is W0 R - X in an orthonormal basis of the rows' span, in units of the base.
     """
 
     frame: Tensor | None
@@ -67,6 +86,7 @@ class Factored:
     report: PolarReport
     reduction: str
     half: tuple[Tensor, Tensor, Tensor] | None = None
+    misfit: Tensor | None = None
 
 
 def dense_fit(
@@ -91,9 +111,29 @@ def subspace_fit(
     base: ProcrustesBase, X: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
 ) -> Factored:
     """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S, _ = torch.linalg.qr(torch.cat([base.double.mT, X.mT], dim=1))
-    small = dense_fit((base.double @ S).mT @ (X @ S), anchor, method, data)
-    return Factored(S, small.core, small.report, "subspace")
+    S, after = _common_frame(base, X)
+    L0 = base.rows[1]
+    o, k = L0.shape[0], S.shape[1]
+    M = torch.zeros(k, k, dtype=S.dtype, device=S.device)
+    M[:o] = L0 @ after  # W0 S = [L0^T, 0]
+    # The null space is settled in float64; the factor itself is as good as the data.
+    small = dense_fit(M, anchor, method, data, out=data if anchor else torch.float64)
+    misfit = L0.mT.to(small.core.dtype) @ small.core[:o] - after
+    return Factored(S, small.core, small.report, "subspace", misfit=misfit)
+
+
+def _common_frame(base: ProcrustesBase, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return an orthonormal basis S of the rows of W0 and X that starts with W0's, and X S."""
+    V0, L0 = base.rows
+    inside = V0.mT @ X.mT
+    f, L = torch.linalg.qr(X.mT - V0 @ inside)
+    # Where the rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
+    if float(L.diagonal().abs().amin()) < 1e-8 * float(L0.abs().amax()):
+        V = torch.linalg.qr(torch.cat([V0, X.mT], dim=1))[0][:, V0.shape[1] :]
+        S = torch.cat([V0, V], dim=1)
+        return S, X @ S
+    S = torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
+    return S, torch.cat([inside.mT, L.mT], dim=1)
 
 
 def qr_core_fit(
@@ -124,7 +164,8 @@ def qr_core_fit(
     core = torch.cat([torch.cat([Q * cosines, (Q * zero)[:, kept]], dim=1), lower])
     K = _half_skew(Q)
     half = None if K is None else ((a + b) / (1 + C), K, a)
-    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half)
+    misfit = L0.mT @ P - L1.mT
+    return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half, misfit)
 
 
 def _principal(N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,7 +186,8 @@ def _half_skew(Q: Tensor) -> Tensor | None:
     K = eye - 2 * inverse
     if float(frobenius(K)) > _MODERATE:
         return None
-    return (K - K.mT) / 2
+    skew: Tensor = (K - K.mT) / 2
+    return skew
 
 
 def _deficient(L: Tensor) -> bool:
@@ -174,4 +216,4 @@ def _minimal_completion(M: Tensor) -> Tensor:
 def _measured(R: Tensor, method: str) -> PolarReport:
     gram = R.mT @ R
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return PolarReport(method, float(frobenius(gram).max()) / R.shape[-1] ** 0.5, 0)
+    return PolarReport(method, float(frobenius(gram).max()) / math.sqrt(R.shape[-1]), 0)

@@ -71,7 +71,7 @@ def _matched_factor(plan: Plan, context: Context) -> float:
     assert plan.request.norm_matched is not None
     norms = UpdateNorms()
     measured = replace(context, norms=norms, advance=lambda _: None, stop=threading.Event())
-    merged = [task for task in plan.tasks if task.kind in MERGED_KINDS]
+    merged = [t for t in plan.tasks if t.kind in MERGED_KINDS and t.method is None]
     _run_all(merged, measured)
     return norms.factor(plan.request.norm_matched)
 

@@ -24,7 +24,8 @@ class UpdateNorms:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._update = self._sum = 0.0
+        self._updates: list[float] = []
+        self._sums: list[float] = []
 
     def add(self, update: Tensor, deltas: Sequence[Tensor]) -> None:
         """Count one piece in."""
@@ -34,8 +35,8 @@ class UpdateNorms:
             for values in (update, total)
         ]
         with self._lock:
-            self._update += squares[0]
-            self._sum += squares[1]
+            self._updates.append(squares[0])
+            self._sums.append(squares[1])
 
     def factor(self, strength: float) -> float:
         """Return what the update is multiplied by for a norm-matched strength.
@@ -43,11 +44,13 @@ class UpdateNorms:
         Raises:
             NumericalError: The method's update is zero although the models changed.
         """
-        if self._sum == 0.0:
+        # Exactly rounded sums, so that the order in which threads finish does not matter.
+        update, total = math.fsum(self._updates), math.fsum(self._sums)
+        if total == 0.0:
             return 1.0
-        if self._update == 0.0:
+        if update == 0.0:
             raise NumericalError(
                 "the merged update is zero, so it cannot be scaled to a norm-matched strength",
                 remedy="Leave norm_matched out, or change the method's parameters.",
             )
-        return strength * math.sqrt(self._sum / self._update)
+        return strength * math.sqrt(total / update)

@@ -122,6 +122,8 @@ class Parameter:
             return int(value)
         if self.kind in (bool, str) and isinstance(value, self.kind):
             return value
+        if value is False and "off" in self.choices:  # YAML reads a bare off as false
+            return "off"
         raise self._refusal(value)
 
     def _refusal(self, value: Any) -> RecipeError:

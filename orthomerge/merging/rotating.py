@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orthomerge.linalg import procrustes_right, residual_noise_baseline
 from orthomerge.linalg.aligned_means import ProcrustesMeanReport, procrustes_mean
-from orthomerge.linalg.procrustes_fits import procrustes_right, residual_noise_baseline
 
 __all__ = ["pairwise_rotational", "residual_over_noise", "spanned_mean"]
 

@@ -54,7 +54,11 @@ def check_value(value: Any, check: Callable[[Any], Any], where: str) -> list[Ort
     problems: list[OrthoMergeError] = []
     if isinstance(value, Mapping) and "method" not in value:  # which a nested method has
         return [
-            RecipeError(f"{where} must be a scalar, a gradient or a list of rules", found=value)
+            RecipeError(
+                f"{where} must be a scalar, a gradient or a list of rules, "
+                "or name a method with the key method where it takes one",
+                found=value,
+            )
         ]
     if isinstance(value, list) and not value:
         return [RecipeError(f"{where} is an empty list")]
@@ -62,12 +66,18 @@ def check_value(value: Any, check: Callable[[Any], Any], where: str) -> list[Ort
         for position, rule in enumerate(value):
             problems += _check_rule(rule, position == len(value) - 1, check, where)
         return problems
+    if isinstance(value, list) and not all(map(_is_number, value)):
+        return [RecipeError(f"{where} can only be a gradient of numbers; use rules", found=value)]
     for item in value if isinstance(value, list) else [value]:
         try:
             check(item)
         except RecipeError as error:
             problems.append(error)
     return problems
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _check_rule(

@@ -82,11 +82,23 @@ def check_recipe(recipe: MergeRecipe, document: Document) -> list[OrthoMergeErro
 def _parameter_problems(
     method: MergeMethod, recipe: MergeRecipe, document: Document
 ) -> list[OrthoMergeError]:
-    return [
-        problem.at(document.where(("parameters", name)))
-        for name, value in recipe.parameters.items()
-        for problem in check_parameters(method, {name: value}, None)
-    ]
+    problems = []
+    for name, value in recipe.parameters.items():
+        for path, part in _parts(name, value):
+            found = check_parameters(method, {name: part}, None)
+            problems += [problem.at(document.where(("parameters", *path))) for problem in found]
+            if found and path[1:] == ("method",):
+                break  # what it takes is not known
+    return problems
+
+
+def _parts(name: str, value: Any) -> list[tuple[tuple[str, ...], Any]]:
+    """Split a nested method into its name and each of its parameters; with where each stands."""
+    if not isinstance(value, Mapping) or "method" not in value:
+        return [((name,), value)]
+    method = {"method": value["method"]}
+    parts = [((name, key), {**method, key: item}) for key, item in value.items() if key != "method"]
+    return [((name, "method"), method), *parts]
 
 
 def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:

@@ -140,3 +140,15 @@ def test_passthrough_is_bit_exact_and_scales() -> None:
     _, tuned = models(1)
     assert torch.equal(merged(None, tuned, "passthrough"), tuned[0])
     assert_rounded_once(merged(None, tuned, "passthrough", scale=0.3), 0.3 * fp64(tuned[0]))
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("output_dtype", [None, "float32", "bfloat16"])
+def test_passthrough_with_a_base_takes_the_model(base_dtype, output_dtype) -> None:
+    """Not the base's values, whatever the dtypes are."""
+    base, tuned = models(1)
+    settings = {"output_settings": {"dtype": output_dtype}} if output_dtype else {}
+    found = merged(base.to(base_dtype), tuned, "passthrough", **settings)
+    wanted = {"float32": torch.float32, "bfloat16": torch.bfloat16, None: base_dtype}
+    assert found.dtype == wanted[output_dtype]
+    assert torch.equal(found, tuned[0].to(found.dtype))

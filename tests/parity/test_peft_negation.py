@@ -110,6 +110,17 @@ def test_strength(tmp_path: Path) -> None:
     assert all("base_layer" not in name for name in tensors)
 
 
+def test_the_limit_of_coft_does_not_cut_what_is_negated_more_than_once(tmp_path: Path) -> None:
+    options = {**OFT, "use_cayley_neumann": False, "coft": True, "eps": 0.1}
+    source = open_source(make_adapter(tmp_path / "one", peft.OFTConfig(**options)))
+    inverse = open_source(write(tmp_path / "inverse", *negated(source, strength=2)))
+    assert source.oft is not None
+    assert inverse.oft is not None
+    for name in source.oft.modules:
+        A, back = (one.skew(name, torch.float64) for one in (source.oft, inverse.oft))
+        torch.testing.assert_close(back, -2 * A, atol=1e-7, rtol=0)
+
+
 @pytest.mark.parametrize("layout", ["full", "left"])
 def test_old_layouts_are_undone_in_their_own_layout(tmp_path: Path, layout: str) -> None:
     torch.manual_seed(0)

@@ -114,3 +114,13 @@ def test_embeddings_of_tied_bases_are_refused(tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="ties to its output head") as caught:
             adapter_updates(source, base, tied=True)
         assert caught.value.tensor == "embed"
+
+
+def test_multihead_attention_is_refused(tmp_path: Path) -> None:
+    """PEFT 0.21 adds the output projection's change twice, when it merges and when it runs."""
+    torch.manual_seed(0)
+    module = torch.nn.ModuleDict({"mha": torch.nn.MultiheadAttention(8, 2)})
+    config = peft.LoraConfig(target_modules=["mha"], r=2, init_lora_weights=False)
+    peft.get_peft_model(module, config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=r"nn\.MultiheadAttention.*PEFT that trained it"):
+        open_source(tmp_path)

@@ -103,7 +103,7 @@ class Context:
                 deltas = [weight - origin for weight in contributions]
             self.norms.add(merged - origin, deltas)
         else:
-            if self.factor != 1.0:
+            if self.factor != 1.0 and task.method is None:  # else it is averaged as it is
                 assert origin is not None
                 merged = torch.lerp(origin, merged, self.factor)
             self.emit(task, start, merged)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from orthomerge.errors import OrthoMergeError
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.inputs import Inputs, open_inputs
 from orthomerge.merging.plan import Task
@@ -27,13 +28,17 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     )
     origin, tensors = read_whole(task, inputs, method.space)
     context.check_stop()
-    merged = method.call(
-        *([origin, tensors] if method.space is Space.DELTA else [tensors]),
-        weights=inputs.weights,
-        role=tensor_role(task.name, task.info.shape),
-        survey=context.survey,
-        **task.parameters,
-    )
+    try:
+        merged = method.call(
+            *([origin, tensors] if method.space is Space.DELTA else [tensors]),
+            weights=inputs.weights,
+            role=tensor_role(task.name, task.info.shape),
+            survey=context.survey,
+            **task.parameters,
+        )
+    except OrthoMergeError as error:
+        error.about(task.name)  # the linear algebra does not know the tensor's name
+        raise
     context.finish(task, 0, merged.tensor, origin, tensors, method.space)
     context.advance(task.read_bytes)
     return {"digests": inputs.digests(task, context), "facts": dict(merged.facts)}

@@ -183,13 +183,14 @@ def _draft_task(
     wanted = dtype_from_name(request.dtype) if request.dtype and floating else row.donor.dtype
     info = TensorInfo(name, wanted, row.donor.shape)
     settings = resolve_settings(request, method, name, layers)
-    kind = _task_kind(method, row, info, settings)
+    relative = _reads_base(request, method, views)
+    kind = _task_kind(method, row, info, settings, relative)
     entries = row.entries
-    if kind in MERGED_KINDS:
+    if row.complete and floating:
         models = entries[1:] if has_base else entries
         problem = weight_sum_problem(method, settings, [True] * len(models), name)
-        draft.problems += [problem] if problem else []
-        if has_base and not _reads_base(request, method, views):
+        draft.problems += [problem] if problem and kind in MERGED_KINDS else []
+        if has_base and not relative:
             entries = (None, *models)
     if kind == "whole" and method.unfit is not None:
         unfit = method.unfit(info.shape, tensor_role(name, info.shape), settings.parameters)
@@ -211,13 +212,17 @@ def _draft_task(
     ]
 
 
-def _task_kind(method: MergeMethod, row: _Row, info: TensorInfo, settings: Settings) -> TaskKind:
+def _task_kind(
+    method: MergeMethod, row: _Row, info: TensorInfo, settings: Settings, relative: bool
+) -> TaskKind:
     """Return how a tensor is made: merged, or taken over from one source as it is or converted."""
-    same_dtype = info.dtype == row.donor.dtype
     if not is_float(info.dtype):
         return "copy"  # and the sources must agree
-    if not row.complete or (method.name == "passthrough" and settings.parameters["scale"] == 1.0):
-        return "copy" if same_dtype else "convert"
+    unscaled = method.name == "passthrough" and settings.parameters["scale"] == 1.0
+    as_it_is = row.complete and unscaled and not relative
+    if as_it_is or not row.complete:
+        source = row.entries[-1] if as_it_is else row.donor
+        return "copy" if source is not None and source.dtype == info.dtype else "convert"
     return "whole" if method.whole else "merge"
 
 

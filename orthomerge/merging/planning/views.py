@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orthomerge.adapters.sources import Source
+from orthomerge.checkpoints.folder import is_tied, read_config
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError, ProblemsError
 
@@ -63,7 +64,7 @@ def open_views(
             views.append(View(model, model.checkpoint.tensors))
             continue
         try:
-            views.append(_adapter_view(model, base.checkpoint.tensors))
+            views.append(_adapter_view(model, base))
         except ProblemsError as error:
             problems.extend(error.problems)
         except OrthoMergeError as error:
@@ -71,12 +72,13 @@ def open_views(
     return views
 
 
-def _adapter_view(model: Source, base: Mapping[str, TensorInfo]) -> View:
+def _adapter_view(model: Source, base: Source) -> View:
     from orthomerge.adapters.updates import adapter_updates
 
-    changes = adapter_updates(model, base)
+    tied = is_tied(read_config(base.checkpoint.folder))
+    changes = adapter_updates(model, base.checkpoint.tensors, tied=tied)
     own = model.checkpoint.tensors
-    tensors = dict(base)
+    tensors = dict(base.checkpoint.tensors)
     for name, key in changes.replacements.items():
         tensors[name] = replace(own[key], name=name)
     return View(model, tensors, changes)
