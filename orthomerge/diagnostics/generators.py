@@ -115,8 +115,9 @@ def measure_module(
     """Measure one module of adapters that rotate, from their generators alone.
 
     Raises:
-        AdapterError: The adapters rotate different sides, or differently many features.
-        NumericalError: A generator is not finite, or does not exist (a reflection).
+        AdapterError: The adapters rotate different sides, or differently many features; or one
+            is a reflection, which has no generator.
+        NumericalError: A generator is not finite.
     """
     owners = [adapter if name in adapter.modules else None for adapter in adapters]
     own = [

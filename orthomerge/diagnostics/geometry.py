@@ -98,8 +98,8 @@ def diagnose(
 
     >>> turned = {"w": torch.tensor([[0.0, 1.0], [-2.0, 0.0]])}
     >>> found = diagnose([turned], {"w": torch.tensor([[1.0, 0.0], [0.0, 2.0]])})
-    >>> round(found.layers[0].models[0].largest_angle, 1)
-    90.0
+    >>> round(found.layers[0].models[0].largest_angle)
+    90
     """
     survey = plan_survey(
         models, base, layers=layers, include_embeddings=include_embeddings, block=block

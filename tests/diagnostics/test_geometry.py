@@ -241,6 +241,22 @@ def test_an_adapter_that_lacks_a_module_counts_as_unturned(tmp_path) -> None:
     assert lonely.merged.generator_norm == pytest.approx(lonely.models[0].generator_norm / 2)
 
 
+def test_a_reflection_has_no_generator_but_is_a_change_of_its_base(tmp_path) -> None:
+    """One Householder reflection; with the base the anchor is raised until R is a rotation."""
+    rs = np.random.RandomState(0)
+    u, W0 = rs.standard_normal((6, 1)), rs.standard_normal((9, 6))
+    key = f"base_model.model.{NAME.removesuffix('.weight')}.hra_u"
+    save_file({key: tensor(u)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "HRA", "r": 1}')
+    with pytest.raises(AdapterError, match="is no rotation"):
+        diagnose([tmp_path])
+    layer = diagnose([tmp_path], {NAME: tensor(W0)}).layers[0]
+    D = -2 * W0 @ u @ u.T / (u.T @ u)
+    assert layer.models[0].change == pytest.approx(np.linalg.norm(D) / np.linalg.norm(W0))
+    assert layer.models[0].retries > 0
+    assert layer.merged.determinant == 1
+
+
 def test_adapters_of_different_widths_do_not_mix(tmp_path) -> None:
     rs = np.random.RandomState(0)
     a = oft(tmp_path / "a", 0.1 * rs.standard_normal((3, 6)))

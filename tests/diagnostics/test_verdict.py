@@ -106,6 +106,20 @@ def test_what_counts_is_how_much_of_the_change_is_rotational(source, size, kind)
     assert "4 of 12 layers" in said.text
 
 
+def test_the_share_is_of_the_changes_themselves(source) -> None:
+    """A change that is small beside a large base counts with its own norm."""
+    small, large = source.normal(32, 32), 10 * source.normal(32, 32)
+    base = {"a.weight": small, "b.weight": large}
+    model = {
+        "a.weight": small @ source.rotation(32),
+        "b.weight": large + 0.2 * source.normal(32, 32),
+    }
+    turned, noisy = (float((model[k] - base[k]).square().sum()) for k in base)
+    said = judge(diagnose([model], base))
+    assert said.rotational_layers == 1
+    assert said.share == pytest.approx(turned / (turned + noisy), rel=1e-4)
+
+
 def test_models_are_told_apart(source) -> None:
     base = source.model(1)
     turned = {k: W @ source.rotation(W.shape[1]) for k, W in base.items()}
