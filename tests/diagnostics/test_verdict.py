@@ -77,6 +77,19 @@ def test_a_rotation_is_recognised_as_one(source, dtype) -> None:
     assert "exact rotation" in said.text
 
 
+@pytest.mark.parametrize(
+    ("angle", "low", "high", "kind"),
+    [(3e-3, 0.35, 0.6, "rotational"), (1e-4, 0.9, 1.1, "not-rotational")],
+)
+def test_rounding_to_bf16_hides_small_rotations(source, angle, low, high, kind) -> None:
+    W = (source.normal(128, 128) / 12).bfloat16()
+    K = source.normal(128, 128) * angle / 16
+    turned = (W.double() @ torch.linalg.matrix_exp((K - K.T).double())).bfloat16()
+    found = diagnose([{"up.weight": turned}], {"up.weight": W})
+    assert low < found.layers[0].models[0].over_noise < high
+    assert judge(found).kind == kind
+
+
 def test_rotations_with_noise_on_top_are_rotational(source) -> None:
     base = source.model()
     model = {
