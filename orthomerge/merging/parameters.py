@@ -124,7 +124,7 @@ class Parameter:
         if (
             self.kind is float
             and is_number
-            and (math.isfinite(value) or value == math.inf and infinite)
+            and (math.isfinite(value) or (value == math.inf and infinite))
         ):
             return float(value)
         if self.kind is int and is_number and float(value).is_integer():

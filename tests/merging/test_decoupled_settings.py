@@ -205,7 +205,18 @@ def test_a_block_that_does_not_divide_the_inputs_names_the_tensor() -> None:
         merged(W0, noisy(W0, 2, 0.05, 2), block=4)
 
 
-def test_what_the_linear_algebra_refuses_names_the_tensor() -> None:
+def test_what_the_linear_algebra_refuses_names_the_tensor(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise NumericalError("no fit")
+
+    monkeypatch.setattr("orthomerge.merging.decoupling.procrustes_right", refuse)
     W0 = weight(9, 6, 3.0, 1)
-    with pytest.raises(NumericalError, match=f"'{NAME}': strength is out of range"):
-        merged(W0, noisy(W0, 2, 0.05, 2), strength=1e38)
+    with pytest.raises(NumericalError, match=f"'{NAME}': no fit"):
+        merged(W0, noisy(W0, 2, 0.05, 2))
+
+
+@pytest.mark.parametrize("name", ["strength", "anchor", "zero_guard"])
+def test_infinite_settings_are_refused_in_the_plan(name) -> None:
+    W0 = weight(9, 6, 3.0, 1)
+    with pytest.raises(OrthoMergeError, match=name):
+        merged(W0, noisy(W0, 2, 0.05, 2), **{name: math.inf})
