@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from orthomerge_cli.commands import (
     demo,
+    diagnose,
     diff,
     extract,
     init,
@@ -40,6 +41,7 @@ app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
 app.command("extract")(extract.extract)
 app.command("negate")(negate.negate)
+app.command("diagnose")(diagnose.diagnose)
 app.add_typer(methods.app, name="methods")
 app.command("init")(init.init)
 app.command("demo")(demo.demo)

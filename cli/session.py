@@ -16,7 +16,7 @@ import typer
 
 from orthomerge.errors import OrthoMergeError, ProblemsError
 
-__all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "run_guarded", "say"]
+__all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "printable", "run_guarded", "say"]
 
 INTERRUPTED = 130
 
@@ -55,9 +55,14 @@ def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     return 0
 
 
+def printable(text: str) -> str:
+    """Spell control characters out: names come from files of strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
 def say(text: str, *, err: bool = False) -> None:
-    """Print text, with control characters spelled out: names come from files of strangers."""
-    typer.echo("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text), err=err)
+    """Print text, with control characters spelled out."""
+    typer.echo(printable(text), err=err)
 
 
 def print_json(content: Any) -> None:

@@ -93,7 +93,7 @@ def polar_at_precision(
     rounded = flat.to(out)
     R = _by_eigh(flat, precision, out) if chosen == "eigh" else _METHODS[chosen](rounded)
     gram_defects = _defects(R)
-    failed = ~_is_polar(R, rounded, precision, gram_defects)
+    failed = ~_is_polar(R, rounded, precision, gram_defects, symmetric=chosen == "svd")
     count = int(failed.sum())
     if count:
         R[failed] = _safe(flat[failed].double()).to(R.dtype)
@@ -148,10 +148,17 @@ def _safe(X: Tensor) -> Tensor:
     return R
 
 
-def _is_polar(R: Tensor, X: Tensor, precision: torch.dtype, defects: Tensor) -> Tensor:
-    """Tell per matrix whether R is orthogonal and ``R^T X`` symmetric, to ``precision``."""
+def _is_polar(
+    R: Tensor, X: Tensor, precision: torch.dtype, defects: Tensor, *, symmetric: bool = False
+) -> Tensor:
+    """Tell per matrix whether R is orthogonal and ``R^T X`` symmetric, to ``precision``.
+
+    ``symmetric`` takes the second for granted, as an SVD allows.
+    """
     eps = torch.finfo(precision).eps
     n = R.shape[-1]
+    if symmetric:
+        return defects <= max(8.0, math.sqrt(n) / 4) * eps
     H = R.mT @ X
     asymmetry = torch.linalg.vector_norm(H - H.mT, dim=(-2, -1))
     size = torch.linalg.vector_norm(X, dim=(-2, -1))

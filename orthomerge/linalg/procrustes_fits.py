@@ -255,6 +255,10 @@ def _solve(
             return found
     if n > 2 * o and reduce != "none":
         return subspace_fit(base, X, anchor, method, data)
+    cpu = base.weight.device.type == "cpu"
+    if o >= n and method == "auto" and cpu and base.single_is_enough(anchor):
+        M = (base.weight / base.unit**2).mT @ X.to(base.weight.dtype)
+        return dense_fit(M, anchor, "svd", data, out=data)
     # Without a null space a factor in the data's own precision is as good as the data.
     precision = data if o >= n else torch.float64
     return dense_fit(base.against(X, precision), anchor, method, data, out=precision)
@@ -329,10 +333,14 @@ def _identity(W0: Tensor, X: Tensor, anchor: float, block: int | None) -> Procru
 
 
 def _reference(W0: Tensor, X: Tensor) -> ProcrustesFit:
+    """Do what the published code does; its solve near an angle of pi is not guarded either."""
     U, _, Vh = torch.linalg.svd(W0.mT @ X)
     R = U @ Vh
     rotated = W0 @ R
     gram = R.mT @ R - torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
     report = PolarReport("svd", float(frobenius(gram)) / math.sqrt(max(R.shape[0], 1)), 0)
     residual = float(frobenius(rotated - X))
-    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense", rotated=rotated)
+    eye = torch.eye(R.shape[0], dtype=R.dtype, device=R.device)
+    A, _ = torch.linalg.solve_ex(R + eye, R - eye)
+    skew = require_finite((A - A.mT) / 2, "the unguarded inverse Cayley map")
+    return ProcrustesFit(None, R, 0.0, 0, residual, report, "dense", skew, rotated=rotated)

@@ -60,6 +60,23 @@ class ProcrustesBase:
         """Return another weight in float64, scaled as the base is."""
         return X.double() / self.unit
 
+    @cached_property
+    def largest(self) -> float:
+        """The largest singular value of the scaled weight, by a few power steps."""
+        v = self.weight.new_ones(self.weight.shape[1])
+        for _ in range(_POWER_STEPS):
+            v = self.weight.mT @ (self.weight @ (v / torch.linalg.vector_norm(v)))
+        return float(torch.linalg.vector_norm(v)) ** 0.5 / self.unit
+
+    def single_is_enough(self, anchor: float) -> bool:
+        """Tell whether ``W0^T X + anchor I`` and its polar factor may be computed in float32.
+
+        A pair of directions turns by an error of ``eps ||N|| / (s_j + s_k)``, and for a
+        fine-tune no singular value of N is much below the anchor.
+        """
+        bounded = 1.5 * self.largest**2 <= _SINGLE_CONDITION * anchor
+        return bounded and self.weight.dtype == torch.float32
+
     def against(self, X: Tensor, precision: torch.dtype) -> Tensor:
         """Return ``W0^T X`` of the scaled weights in float64, X [o, n] as stored.
 
@@ -109,25 +126,8 @@ def dense_fit(
         return Factored(None, core, _measured(core, "svd"), "dense")
     N = M.clone()
     N.diagonal(dim1=-2, dim2=-1).add_(anchor)
-    if method == "auto" and out == torch.float32 and _well_anchored(N, anchor):
-        method, N = "svd", N.to(out)
     core, report = polar_at_precision(N, method, data, out)
     return Factored(None, core, report, "dense")
-
-
-def _well_anchored(N: Tensor, anchor: float) -> bool:
-    """Tell whether the anchor alone keeps the condition of N where float32 is enough.
-
-    The factor's error in a pair of directions is ``eps ||N|| / (s_j + s_k)``, and no singular
-    value of a near-symmetric N is much below the anchor.
-    """
-    if N.device.type != "cpu" or N.dim() != 2:
-        return False
-    v = torch.ones(N.shape[-1], dtype=N.dtype) / N.shape[-1] ** 0.5
-    for _ in range(_POWER_STEPS):
-        v = N.mT @ (N @ v)
-        v = v / torch.linalg.vector_norm(v).clamp_min(1e-300)
-    return 1.5 * float(torch.linalg.vector_norm(N @ v)) <= _SINGLE_CONDITION * anchor
 
 
 def subspace_fit(

@@ -19,14 +19,13 @@ from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction
 from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
-from orthomerge.merging.nesting import nested_method, run_nested
+from orthomerge.merging.modes import resolved
+from orthomerge.merging.nesting import run_nested
 from orthomerge.merging.registry import Merged
 from orthomerge.merging.roles import Role, rotated_roles
 from orthomerge.merging.rotating import residual_over_noise
 
 __all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled", "residual_of"]
-
-_ANCHORS = {"robust": 1e-3, "faithful": 1e-6, "reproduce": 0.0}
 
 
 @dataclass(frozen=True)
@@ -50,27 +49,22 @@ class Settings:
     @classmethod
     def of(cls, parameters: Mapping[str, Any], models: int) -> Settings:
         """Fill in what was left to the mode, for a number of models."""
-        mode, robust = parameters["mode"], parameters["mode"] == "robust"
-        mean = {"method": "task-arithmetic", "scale": 1 / models}
-        residual = parameters["residual"] or nested_method(
-            "residual", {"method": "tsv-m"} if robust else mean
-        )
-        gate, c_max, anchor = (parameters[key] for key in ("gate", "c_max", "anchor"))
+        parameters = resolved(parameters, models)
         roles = rotated_roles(
             include_embeddings=parameters["include_embeddings"],
             rotate_conv=parameters["rotate_conv"],
         )
         return cls(
-            mode=mode,
+            mode=parameters["mode"],
             variant=parameters["variant"],
-            residual=residual,
-            gate=robust if gate is None else gate == "auto",
+            residual=parameters["residual"],
+            gate=parameters["gate"] == "auto",
             margin=parameters["margin"],
             strength=parameters["strength"],
             correction=parameters["correction"],
-            c_max=(3 * math.sqrt(models) if robust else math.inf) if c_max is None else c_max,
+            c_max=parameters["c_max"],
             zero_guard=parameters["zero_guard"],
-            anchor=_ANCHORS[mode] if anchor is None else anchor,
+            anchor=parameters["anchor"],
             block=parameters["block"] or None,
             chart=parameters["chart"],
             roles=roles,

@@ -23,11 +23,15 @@ __all__ = ["Between", "Density", "NestedMethod", "Parameter", "declared_paramete
 
 @dataclass(frozen=True, slots=True)
 class Between:
-    """Allowed range of a number; an open end excludes the bound itself."""
+    """Allowed range of a number; an open end excludes the bound itself.
+
+    Infinity is only allowed where ``infinite`` says that it means something.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
+    infinite: bool = False
 
     def holds(self, value: float) -> bool:
         """Return whether ``value`` lies in the range."""
@@ -116,7 +120,12 @@ class Parameter:
 
     def _convert(self, value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if self.kind is float and is_number and not math.isnan(value):
+        infinite = self.bounds is not None and self.bounds.infinite
+        if (
+            self.kind is float
+            and is_number
+            and (math.isfinite(value) or value == math.inf and infinite)
+        ):
             return float(value)
         if self.kind is int and is_number and float(value).is_integer():
             return int(value)

@@ -85,9 +85,10 @@ def _content(request: MergeRequest, method: str, digests: Sequence[str | None]) 
 
 
 def _resolved_parameters(request: MergeRequest, method: str) -> dict[str, Any]:
-    """Return every parameter of the method, defaults filled in."""
-    parameters = get_method(method).parameters
-    return {name: request.parameters.get(name, p.default) for name, p in parameters.items()}
+    """Return every parameter of the method, defaults and the method's own decisions filled in."""
+    entry = get_method(method)
+    given = {name: request.parameters.get(name, p.default) for name, p in entry.parameters.items()}
+    return dict(entry.resolved(given, len(request.models))) if entry.resolved else given
 
 
 def _sources(request: MergeRequest, digests: Sequence[str | None]) -> list[dict[str, Any]]:

@@ -77,6 +77,8 @@ class MergeMethod:
         residual: For a method with a nested one: ``(base, delta, mean_delta, *, weights, role,
             **parameters)`` gives what is left of one model's delta for the nested method.
         dense: Id of the method that takes its place for sources it cannot read.
+        resolved: ``(parameters, models)`` gives the parameters with everything decided that was
+            left to the method, for the provenance.
         unfit: ``(shape, role, parameters)`` says why a whole tensor cannot be merged, or None.
     """
 
@@ -96,6 +98,7 @@ class MergeMethod:
     residual: Callable[..., Any] | None = None
     dense: str | None = None
     unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None
+    resolved: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None
 
     @property
     def nests(self) -> bool:
@@ -159,6 +162,7 @@ def merge_method(
     residual: Callable[..., Any] | None = None,
     dense: str | None = None,
     unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None,
+    resolved: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None,
 ) -> Callable[[_Function], _Function]:
     """Register a pure function as a merge method.
 
@@ -194,6 +198,7 @@ def merge_method(
             residual,
             dense,
             unfit,
+            resolved,
         )
         return function
 

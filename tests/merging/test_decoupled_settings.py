@@ -208,4 +208,4 @@ def test_a_block_that_does_not_divide_the_inputs_names_the_tensor() -> None:
 def test_what_the_linear_algebra_refuses_names_the_tensor() -> None:
     W0 = weight(9, 6, 3.0, 1)
     with pytest.raises(NumericalError, match=f"'{NAME}': strength is out of range"):
-        merged(W0, noisy(W0, 2, 0.05, 2), strength=math.inf)
+        merged(W0, noisy(W0, 2, 0.05, 2), strength=1e38)

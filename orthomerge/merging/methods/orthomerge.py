@@ -31,7 +31,7 @@ def orthomerge(
     weights: Sequence[float],
     strength: float = 1.0,
     correction: Literal["layer", "block", "none"] = "layer",
-    c_max: Annotated[float, Between(1)] = math.inf,
+    c_max: Annotated[float, Between(1, infinite=True)] = math.inf,
     zero_guard: Annotated[float, Between(0, 0.5)] = 1e-6,
 ) -> Tensor:
     """Average rotations in the Lie algebra so(b) and restore their mean magnitude.

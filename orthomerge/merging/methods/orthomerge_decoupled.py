@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from orthomerge.merging.modes import resolved
 from orthomerge.merging.parameters import Between, NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.roles import unfit_block
@@ -47,6 +48,7 @@ def _residual(
     workspace=_workspace,
     unfit=unfit_block,
     residual=_residual,
+    resolved=resolved,
 )
 def orthomerge_decoupled(
     base: Tensor,
@@ -62,7 +64,7 @@ def orthomerge_decoupled(
     margin: Annotated[float, Between(0, 1)] = 0.1,
     strength: float = 1.0,
     correction: Literal["layer", "block", "none"] = "layer",
-    c_max: Annotated[float | None, Between(1)] = None,
+    c_max: Annotated[float | None, Between(1, infinite=True)] = None,
     zero_guard: Annotated[float, Between(0, 0.5)] = 1e-6,
     anchor: Annotated[float | None, Between(0)] = None,
     block: Annotated[int, Between(0)] = 0,

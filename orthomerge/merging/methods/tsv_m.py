@@ -48,7 +48,7 @@ def tsv_m(
     Args:
         base: W_0.
         deltas: D_i = W_i - W_0, one per model.
-        weights: w_i, one per model.
+        weights: w_i, one per model; a model of weight 0 takes no part.
         role: What the tensor is in the model.
         scale: λ, multiplies the whole update.
 
@@ -67,6 +67,10 @@ def tsv_m(
     """
     import torch
 
+    taking_part = [(w, d) for w, d in zip(weights, deltas, strict=True) if w != 0.0]
+    if not taking_part:
+        return base.clone()
+    weights, deltas = [w for w, _ in taking_part], [d for _, d in taking_part]
     if role == "other" or base.ndim < 2:
         total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(base))
         return base + total * (scale / len(deltas))
