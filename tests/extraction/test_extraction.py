@@ -172,14 +172,14 @@ def test_the_seed_is_the_name(pair) -> None:
 
 @pytest.mark.parametrize("size", [1, 512])
 def test_large_matrices_meet_the_optimal_error(size: int) -> None:
-    """Sketched, not decomposed: the error stays within 1 % of the best one."""
+    """Sketched, not decomposed: the error stays within 0.1 % of the best one."""
     base = {"a.weight": torch.zeros(600, 700)}
     spectrum = torch.arange(1.0, 701.0) ** (-0.7 if size == 1 else 0)
     D = normal(600, 700, seed=3) * spectrum
     found = extract({"a.weight": D}, base, kind="lora", rank=16).layers[0]
     s = np.linalg.svd(D.double().numpy(), compute_uv=False)
     best = np.sqrt((s[16:] ** 2).sum() / (s**2).sum())
-    assert best <= found.residual * (1 + 1e-6) <= 1.01 * best
+    assert best <= found.residual * (1 + 1e-6) <= 1.001 * best
 
 
 def test_task_arithmetic_puts_both_parts_back(pair, tmp_path) -> None:
