@@ -72,4 +72,5 @@ def orthonormal_frame(blocks: Sequence[torch.Tensor]) -> torch.Tensor:
     keep = values > 1e-10 * values[-1:].clamp(min=1e-300)
     root = torch.where(keep, values, 1.0).rsqrt() * keep
     inverse = (vectors * root) @ vectors.mT
-    return inverse @ U if wide else U @ inverse
+    frame: torch.Tensor = inverse @ U if wide else U @ inverse
+    return frame

@@ -147,7 +147,8 @@ def _halley_by_qr(X: Tensor, a: float, b: float, c: float) -> Tensor:
     n = X.shape[-1]
     eye = torch.eye(n, dtype=X.dtype, device=X.device).expand_as(X)
     Q, _ = torch.linalg.qr(torch.cat([math.sqrt(c) * X, eye], dim=-2))
-    return (b / c) * X + ((a - b / c) / math.sqrt(c)) * (Q[..., :n, :] @ Q[..., n:, :].mT)
+    product: Tensor = Q[..., :n, :] @ Q[..., n:, :].mT
+    return (b / c) * X + ((a - b / c) / math.sqrt(c)) * product
 
 
 def _halley_by_cholesky(X: Tensor, a: float, b: float, c: float) -> Tensor:

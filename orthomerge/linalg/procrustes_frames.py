@@ -66,7 +66,7 @@ class ProcrustesBase:
         v = self.weight.new_ones(self.weight.shape[1])
         for _ in range(_POWER_STEPS):
             v = self.weight.mT @ (self.weight @ (v / torch.linalg.vector_norm(v)))
-        return float(torch.linalg.vector_norm(v)) ** 0.5 / self.unit
+        return math.sqrt(float(torch.linalg.vector_norm(v))) / self.unit
 
     def single_is_enough(self, anchor: float) -> bool:
         """Tell whether ``W0^T X + anchor I`` and its polar factor may be computed in float32.
