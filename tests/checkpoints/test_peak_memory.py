@@ -51,7 +51,17 @@ def test_peak_memory_is_far_below_the_file_size(
     shard_size: str, models: list[str], tmp_path: Path
 ) -> None:
     output = tmp_path / "merged"
-    arguments = ["merge", *models, "-o", str(output), "--max-shard-size", shard_size, "--quiet"]
+    arguments = [
+        "merge",
+        *models,
+        "-m",
+        "linear",
+        "-o",
+        str(output),
+        "--max-shard-size",
+        shard_size,
+        "--quiet",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *arguments, "--workers", "2"],
         capture_output=True,
