@@ -118,6 +118,67 @@ def finetune_merges(result: Mapping[str, Any]) -> list[str]:
     return rows
 
 
+def layer_table(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per shape: the layer step against the published recipe."""
+    rows = [
+        "| layer | recipe s | ours s, anchor 1e-6 | × | ours s, anchor 1e-3 | × | target |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    targets = {t["target"].partition(":")[0]: t["at_least"] for t in result["targets"]}
+    for row in result["layers"]:
+        seconds = {name: found["best_seconds"] for name, found in row["times"].items()}
+        cells = [f"{row['name']} {row['shape'][0]} × {row['shape'][1]}"]
+        cells.append(f"{seconds['reference']:.2f}")
+        for anchor in ("1e-06", "0.001"):
+            cells += [
+                f"{seconds[f'ours-{anchor}']:.2f}",
+                f"{row['reference_over_ours'][anchor]:.2f}",
+            ]
+        rows.append("| " + " | ".join([*cells, f"≥ {targets[row['name']]:g}"]) + " |")
+    return rows
+
+
+def polar_table(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per size and dtype: seconds and error of every polar method."""
+    methods = [name for name in result["polar"][0]["methods"] if name != "plain-svd"]
+    rows = [
+        "| n | dtype | plain SVD s | " + " | ".join(f"{m} s (error)" for m in methods) + " |",
+        "|--:|---|--:|" + "--:|" * len(methods),
+    ]
+    for row in result["polar"]:
+        found = row["methods"]
+        cells = [
+            f"{found[m]['best_seconds']:.3f} ({found[m]['error']:.0e})"
+            + ("*" if found[m]["fallbacks"] else "")
+            for m in methods
+        ]
+        plain = f"{found['plain-svd']['best_seconds']:.3f}"
+        rows.append("| " + " | ".join([str(row["n"]), row["dtype"], plain, *cells]) + " |")
+    return rows
+
+
+def decoupled_table(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per contender of the whole-model merge."""
+    rows = ["| contender | wall s | peak RSS MB | recipe's time / this |", "|---|--:|--:|--:|"]
+    for name, seconds in result["wall_seconds"].items():
+        memory = result["peak_rss_bytes"][name] * _UNITS["peak_rss_bytes"]
+        ratio = result["recipe_over"].get(name)
+        rows.append(f"| {name} | {seconds:.0f} | {memory:.0f} | {ratio:.2f} |")
+    return rows
+
+
+def made_by(result: Mapping[str, Any]) -> list[str]:
+    """Return where and by which command a result was made."""
+    known = [f"{key.replace('_', ' ')} {value}" for key, value in result["machine"].items()]
+    tools = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    threads = f"; {result['threads']} thread(s) of torch" if "threads" in result else ""
+    return [
+        f"* Machine: {'; '.join(known)}{threads}; {result['rounds']} round(s).",
+        f"* Versions: {tools}.",
+        f"* Command: `{result['command']}`.",
+    ]
+
+
 def _ratio(facts: Mapping[str, Any], prefix: str) -> str:
     found = [r["wall_seconds"] for peer, r in facts["ratios"].items() if peer.startswith(prefix)]
     return f"{found[0]:.2f}" if found and found[0] is not None else ""
@@ -128,6 +189,11 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "targets": ("merge_speed.json", target_table),
     "exactness": ("merge_exactness.json", exactness_table),
     "circumstances": ("merge_speed.json", circumstances),
+    "geometry-layers": ("geometry.json", layer_table),
+    "geometry-polar": ("geometry.json", polar_table),
+    "geometry-made-by": ("geometry.json", made_by),
+    "decoupled-merge": ("decoupled_merge.json", decoupled_table),
+    "decoupled-made-by": ("decoupled_merge.json", made_by),
     "real-finetune": ("real_finetune.json", finetune_table),
     "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from orthomerge.diagnostics.measurements import Diagnosis, LayerGeometry, ModelGeometry
+from orthomerge.linalg.procrustes_anchors import rotational_limit
 
 __all__ = ["EXACT", "MARGIN", "MATTERS", "SERIES", "Verdict", "judge"]
 
 #: A change is rotational below ``(1 - MARGIN) x noise level``, as the gate of orthomerge-decoupled.
 MARGIN = 0.1
 #: ... and by this many standard deviations of noise in a layer of its size, which matters only in
-#: layers of less than a thousand weights or so.
-DEVIATIONS = 3.0
 #: Below this fraction of the noise level a change is a rotation and nothing else.
 EXACT = 0.05
 #: Fraction of all changes (squared norms) that must be in rotational updates for it to matter.
@@ -63,7 +62,7 @@ def judge(diagnosis: Diagnosis, margin: float = MARGIN) -> Verdict:
     """Say in one line what a diagnosis means.
 
     An update (one model, one layer) is rotational if its residual fraction is below
-    ``(1 - max(margin, 3 σ))`` times b, what isotropic noise would leave;
+    ``min(1 - margin, max(1 - 3 σ, 0.05))`` times b, what isotropic noise would leave;
     ``σ = sqrt((1 - b²) / (2 b² o n))`` is the relative spread of noise in a layer [o, n].
 
     Args:
@@ -175,9 +174,7 @@ def _below(model: ModelGeometry | None, limit: float) -> bool:
 def _rotational(layer: LayerGeometry, model: ModelGeometry | None, margin: float) -> bool:
     if model is None or not model.noise_level:
         return False
-    noise = model.noise_level**2
-    spread = math.sqrt((1 - noise) / (2 * noise * layer.parameters))
-    return _below(model, 1 - max(margin, DEVIATIONS * spread))
+    return _below(model, rotational_limit(model.noise_level, layer.parameters, margin))
 
 
 def _energy(layer: LayerGeometry, model: ModelGeometry | None) -> float:

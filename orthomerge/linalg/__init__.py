@@ -27,7 +27,11 @@ if TYPE_CHECKING:
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
-    from orthomerge.linalg.procrustes_anchors import automatic_anchor, residual_noise_baseline
+    from orthomerge.linalg.procrustes_anchors import (
+        automatic_anchor,
+        residual_noise_baseline,
+        rotational_limit,
+    )
     from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
     from orthomerge.linalg.procrustes_frames import ProcrustesBase
     from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
@@ -81,6 +85,7 @@ __all__ = [
     "residual_noise_baseline",
     "rotate_columns",
     "rotation_angles",
+    "rotational_limit",
     "skewness",
     "truncated_svd",
     "unpack_skew",
@@ -136,7 +141,7 @@ _MODULES = {
         "polar_factor",
     ),
     "precision": ("full_precision",),
-    "procrustes_anchors": ("automatic_anchor", "residual_noise_baseline"),
+    "procrustes_anchors": ("automatic_anchor", "residual_noise_baseline", "rotational_limit"),
     "procrustes_fits": ("ProcrustesFit", "procrustes_right"),
     "procrustes_frames": ("ProcrustesBase",),
     "rotation_means": (

@@ -11,7 +11,10 @@ from torch import Tensor
 
 from orthomerge.linalg.checks import frobenius
 
-__all__ = ["automatic_anchor", "residual_noise_baseline"]
+__all__ = ["automatic_anchor", "residual_noise_baseline", "rotational_limit"]
+
+_DEVIATIONS = 3.0
+_PURE = 0.05  # of noise: so near to an exact rotation that the layer's size does not matter
 
 
 def automatic_anchor(W0: Tensor, D: Tensor) -> float:
@@ -41,6 +44,28 @@ def residual_noise_baseline(o: int, n: int) -> float:
     0.7071
     """
     return math.sqrt(1 - n / (2 * o)) if o >= n else math.sqrt(o / (2 * n))
+
+
+def rotational_limit(noise_level: float, weights: int, margin: float = 0.1) -> float:
+    """Return how far below the level of noise a residual must be to count as rotational.
+
+    ``min(1 - margin, max(1 - 3 sigma, 0.05))``, to be compared with the residual fraction over b:
+    ``sigma = sqrt((1 - b^2) / (2 b^2 N))`` is the relative spread of b over draws of noise in a
+    layer of N weights, so that small layers are not taken for rotated by chance.
+
+    Args:
+        noise_level: b, from ``residual_noise_baseline``.
+        weights: N.
+        margin: How clearly a large layer must beat noise.
+
+    >>> round(rotational_limit(0.7071, 1024 * 1024), 3), round(rotational_limit(0.7071, 128), 2)
+    (0.9, 0.81)
+    """
+    if noise_level <= 0 or weights <= 0:
+        return 0.0
+    square = noise_level**2
+    sigma = math.sqrt((1 - square) / (2 * square * weights))
+    return min(1 - margin, max(1 - _DEVIATIONS * sigma, _PURE))
 
 
 def _spectral_bound(G: Tensor) -> float:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from orthomerge.merging.streams import TensorReader, TensorStream, check_finite
+from orthomerge.merging.streams import TensorReader, check_finite
 
 if TYPE_CHECKING:
     from orthomerge.adapters.updates import WeightUpdate
@@ -51,14 +51,13 @@ class FullWeight:
         return self._reader.piece(start, count)
 
     def delta(self, start: int, count: int) -> Tensor:
-        """Return a piece of the tensor's difference from the base."""
+        """Return a piece of the tensor's difference from the base, made in the reader's piece."""
         assert self._base is not None
-        weight = self._reader.unchecked(start, count)
         origin = self._base.kept(start, count)
-        delta = weight - origin
+        delta = self._reader.unchecked(start, count).sub_(origin)
         if not math.isfinite(delta.sum().item()):  # whenever one of the two holds NaN or infinity
-            self._reader.check(weight)
             self._base.check(origin)
+            self._reader.check(delta + origin)
         return delta
 
     def digests(self) -> list[tuple[str, str]]:
@@ -123,13 +122,3 @@ class NoChange:
     def digests(self) -> list[tuple[str, str]]:
         """Return nothing: no tensor was read."""
         return []
-
-
-def weight_stream(contribution: Contribution, numel: int, piece_elements: int) -> TensorStream:
-    """Return a model's weight as a stream."""
-    return TensorStream(numel, contribution.weight, piece_elements)
-
-
-def delta_stream(contribution: Contribution, numel: int, piece_elements: int) -> TensorStream:
-    """Return a model's change as a stream."""
-    return TensorStream(numel, contribution.delta, piece_elements)

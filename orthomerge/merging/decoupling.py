@@ -175,7 +175,6 @@ def _split_one(
 ) -> tuple[ProcrustesFit | None, Tensor, dict[str, Any]]:
     """Return (rotation or None, residual, facts) of one model."""
     W0 = base.weight
-    rows, columns = W0.shape
     target = delta
     facts: dict[str, Any] = {"rotated": False}
     if mean is not None:
@@ -192,10 +191,12 @@ def _split_one(
         block=settings.block,
         null="svd" if settings.mode == "reproduce" else "identity",
     )
-    noise = residual_over_noise(fit.residual, size, rows, settings.block or columns)
+    noise, rotational = residual_over_noise(
+        fit.residual, size, W0.shape, settings.block, settings.margin
+    )
     facts |= {"residual_fraction": fit.residual / size, "residual_over_noise": noise}
     facts["retries"] = fit.retries
-    if settings.gate and noise >= 1 - settings.margin:
+    if settings.gate and not rotational:
         return None, delta, facts
     facts["rotated"] = True
     rotated = fit.apply(W0) if fit.rotated is None else fit.rotated

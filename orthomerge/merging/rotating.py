@@ -13,34 +13,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthomerge.linalg import procrustes_right, residual_noise_baseline
+from orthomerge.linalg import procrustes_right, residual_noise_baseline, rotational_limit
 from orthomerge.linalg.aligned_means import ProcrustesMeanReport, procrustes_mean
 
 __all__ = ["pairwise_rotational", "residual_over_noise", "spanned_mean"]
 
 
-def residual_over_noise(residual: float, change: float, rows: int, columns: int) -> float:
-    """Return what a fitted rotation leaves of a change, relative to what it leaves of noise.
+def residual_over_noise(
+    residual: float, change: float, shape: Sequence[int], block: int | None, margin: float
+) -> tuple[float, bool]:
+    """Return what a fitted rotation leaves of a change, and whether that is a rotation's.
 
     ``(‖X - W R‖ / ‖X - W‖) / b`` with b the residual fraction of isotropic noise: 0 for a pure
-    rotation, about 1 for noise, above 1 for a change that rotation explains less than noise.
+    rotation, about 1 for noise, above 1 for a change that rotation explains less than noise. It
+    is a rotation's below ``linalg.rotational_limit``.
     """
-    return residual / (change * residual_noise_baseline(rows, columns))
+    rows, columns = shape
+    noise_level = residual_noise_baseline(rows, block or columns)
+    found = residual / (change * noise_level)
+    return found, found < rotational_limit(noise_level, rows * columns, margin)
 
 
 def pairwise_rotational(
-    matrices: Sequence[Tensor], limit: float, settings: dict[str, Any]
+    matrices: Sequence[Tensor], margin: float, settings: dict[str, Any]
 ) -> tuple[bool, float | None]:
-    """Return whether some pair is below ``limit``, and the smallest ``residual_over_noise``."""
-    smallest = math.inf
-    rows, columns = matrices[0].shape
+    """Return whether some pair differs by a rotation, and the least ``residual_over_noise``."""
+    smallest, rotational = math.inf, False
+    shape, block = matrices[0].shape, settings["block"]
     for first, second in itertools.combinations(matrices, 2):
         change = float(torch.linalg.vector_norm(second - first))
         if change and bool(first.any()) and bool(second.any()):
             fit = procrustes_right(first, second, **settings)
-            width = settings["block"] or columns
-            smallest = min(smallest, residual_over_noise(fit.residual, change, rows, width))
-    return smallest < limit, smallest if math.isfinite(smallest) else None
+            found, below = residual_over_noise(fit.residual, change, shape, block, margin)
+            smallest, rotational = min(smallest, found), rotational or below
+    return rotational, smallest if math.isfinite(smallest) else None
 
 
 def spanned_mean(

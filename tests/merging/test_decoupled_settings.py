@@ -220,3 +220,15 @@ def test_infinite_settings_are_refused_in_the_plan(name) -> None:
     W0 = weight(9, 6, 3.0, 1)
     with pytest.raises(OrthoMergeError, match=name):
         merged(W0, noisy(W0, 2, 0.05, 2), **{name: math.inf})
+
+
+def test_only_the_surveyed_parameters_must_be_one_for_all_tensors() -> None:
+    models = [{n: torch.randn(8, 8) for n in ("a.weight", "b.weight")} for _ in range(2)]
+    base = {n: torch.randn(8, 8) for n in ("a.weight", "b.weight")}
+    rules = [{"match": "a.*", "value": 1e-2}, {"value": 1e-3}]
+    residual = {"method": "ties", "scope": "model"}
+    settings = {"base": base, "method": "orthomerge", "residual": residual}
+    assert merge(models, anchor=rules, **settings).tensors.keys() == base.keys()
+    varied = [{"match": "a.*", "value": residual}, {"value": {**residual, "density": 0.5}}]
+    with pytest.raises(OrthoMergeError, match="must have one value"):
+        plan(models, **{**settings, "residual": varied})

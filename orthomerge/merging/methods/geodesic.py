@@ -81,16 +81,16 @@ def geodesic(
     shares = [weight / total for weight in weights]
     if role not in rotated_roles(include_embeddings=include_embeddings, rotate_conv=rotate_conv):
         return Merged(_average(tensors, shares))
-    limit = math.inf if gate == "off" else 1 - margin
+    gated = margin if gate == "auto" else None
     settings = {"anchor": anchor, "block": block or None}
     if role == "stack":
         import torch
 
         parts = [
-            _mean(matrices, shares, limit, settings) for matrices in zip(*tensors, strict=True)
+            _mean(matrices, shares, gated, settings) for matrices in zip(*tensors, strict=True)
         ]
         return Merged(torch.stack([m for m, _ in parts]), {"stack": [f for _, f in parts]})
-    merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, limit, settings)
+    merged, facts = _mean([t.reshape(len(t), -1) for t in tensors], shares, gated, settings)
     return Merged(merged.reshape(tensors[0].shape), facts)
 
 
@@ -102,16 +102,21 @@ def _average(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _mean(
-    matrices: Sequence[Tensor], shares: Sequence[float], limit: float, settings: dict[str, Any]
+    matrices: Sequence[Tensor],
+    shares: Sequence[float],
+    margin: float | None,
+    settings: dict[str, Any],
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return the mean of matrices that are rotational below ``limit`` times the level of noise."""
+    """Return the mean of matrices, turned only if they differ by a rotation; None always turns."""
     import dataclasses
 
     from orthomerge.merging.rotating import pairwise_rotational, spanned_mean
 
-    rotational, fraction = pairwise_rotational(matrices, limit, settings)
-    if not rotational:
-        return _average(matrices, shares), {"rotated": False, "residual_over_noise": fraction}
+    facts: dict[str, Any] = {"rotated": True}
+    if margin is not None:
+        rotational, fraction = pairwise_rotational(matrices, margin, settings)
+        facts = {"rotated": rotational, "residual_over_noise": fraction}
+        if not rotational:
+            return _average(matrices, shares), facts
     merged, report = spanned_mean(matrices, shares, settings)
-    facts = {"rotated": True, "residual_over_noise": fraction, **dataclasses.asdict(report)}
-    return merged.to(matrices[0].dtype), facts
+    return merged.to(matrices[0].dtype), {**facts, **dataclasses.asdict(report)}

@@ -53,7 +53,9 @@ def task_arithmetic(
         tensor([1.5000, 1.5000])
     """
     strength = scale / sum(weights) if normalize else scale
-    merged = base.clone()
-    for delta, weight in zip(deltas, weights, strict=True):
+    import torch
+
+    merged = torch.add(base, deltas[0], alpha=strength * weights[0])
+    for delta, weight in zip(deltas[1:], weights[1:], strict=True):
         merged.add_(delta, alpha=strength * weight)
     return merged

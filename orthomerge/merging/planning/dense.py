@@ -5,7 +5,6 @@ Headers only. Tied output heads are recognised here, so that they are merged onc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.files import add_model_files
+from orthomerge.merging.planning.memory import SURVEY_SHARE, peak_bytes
 from orthomerge.merging.planning.views import View, open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.roles import tensor_role
@@ -34,9 +34,6 @@ from orthomerge.merging.rules import LayerMap
 from orthomerge.merging.spaces import Space
 
 __all__ = ["draft_tasks"]
-
-_TEMPORARIES = 8  # compute-dtype pieces a method may hold beside its inputs
-_SURVEY_SHARE = 0.05  # of a tensor's entries that a survey may collect
 
 
 def draft_tasks(
@@ -206,7 +203,7 @@ def _draft_task(
             base=names[0] if has_base else None,
             weights=settings.weights,
             parameters=settings.parameters,
-            peak_bytes=_peak_bytes(method, kind, info, pairs, draft),
+            peak_bytes=peak_bytes(method, kind, info, pairs, draft),
             read_bytes=read,
         )
     ]
@@ -232,55 +229,16 @@ def _reads_base(request: MergeRequest, method: MergeMethod, views: Sequence[View
     return method.space is not Space.WEIGHT or relative
 
 
-def _peak_bytes(
-    method: MergeMethod,
-    kind: TaskKind,
-    info: TensorInfo,
-    pairs: Sequence[tuple[View, TensorInfo | None]],
-    draft: Draft,
-) -> int:
-    used = [entry for _, entry in pairs if entry is not None]
-    lifted = ITEM_SIZES[draft.compute_dtype]
-    per_element = sum(ITEM_SIZES[entry.dtype] for entry in used)
-    # An adapter's change is held whole, and so is the base's tensor while it is computed.
-    changed = sum(view.changes is not None and entry is not None for view, entry in pairs)
-    held = (changed + 2) * info.numel * lifted if changed else 0
-    if kind == "whole":
-        models = max(1, len(used) - 1)
-        inputs = info.numel * (per_element + len(used) * lifted)
-        return held + inputs + _workspace(method, info, models) * lifted
-    piece = min(draft.piece_elements, max(info.numel, 1))
-    if kind == "merge":
-        per_element += (2 * len(used) + _TEMPORARIES) * lifted
-    collected = 0
-    if kind == "merge" and method.survey is not None:
-        collected = int(_SURVEY_SHARE * info.numel) * lifted
-    return held + piece * per_element + collected
-
-
-def _workspace(method: MergeMethod, info: TensorInfo, models: int) -> int:
-    shape = info.shape
-    if len(shape) < 2 or method.workspace is None:
-        return _default_workspace(shape, models)
-    if tensor_role(info.name, shape) == "stack":  # its matrices are worked on one by one
-        return (models + 2) * info.numel + method.workspace(shape[1:], models)
-    return method.workspace(shape, models)
-
-
-def _default_workspace(shape: tuple[int, ...], models: int) -> int:
-    return 4 * (models + 1) * math.prod(shape)
-
-
 def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
     """A survey of the whole model runs once, so its parameters cannot vary within the model."""
     merged = [task for task in draft.tasks if task.kind in MERGED_KINDS]
-    parameters = [task.parameters for task in merged]
-    if not any(_scope(p) == "model" for p in parameters):
+    parameters = [_surveyed(task.parameters) for task in merged]
+    if not any(p.get("scope") == "model" for p in parameters):
         return
     entries = sum(task.info.numel for task in merged)
-    draft.survey_bytes = int(_SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
+    draft.survey_bytes = int(SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
     for key in parameters[0]:
-        if len({str(p[key]) for p in parameters}) > 1:
+        if len({str(p.get(key)) for p in parameters}) > 1:
             draft.problems.append(
                 RecipeError(
                     f"with scope: model the parameter '{key}' must have one value for all tensors",
@@ -289,10 +247,10 @@ def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
             )
 
 
-def _scope(parameters: Mapping[str, Any]) -> Any:
-    """Return the scope parameter of the method, or of the one nested in it."""
+def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters a survey is made with: the nested method's, or all."""
     nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    return next((scope for p in (parameters, *nested) if (scope := p.get("scope"))), None)
+    return nested[0] if nested else parameters
 
 
 def _shape_problem(name: str, row: _Row) -> OrthoMergeError:
