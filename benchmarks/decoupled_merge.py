@@ -89,6 +89,8 @@ def main() -> None:
     """Run as a program."""
     end_children_on_terminate()
     parser = argparse.ArgumentParser(description=__doc__)
+    names = [contender.name for contender in contenders()]
+    parser.add_argument("--contenders", nargs="+", choices=names, default=names)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--scale", choices=SHAPES, default="full")
     parser.add_argument("--seed", type=int, default=0, help="of the models")
@@ -105,6 +107,8 @@ def main() -> None:
     samples: dict[str, list[Sample]] = {}
     for _ in range(options.rounds):
         for contender in contenders():
+            if contender.name not in options.contenders:
+                continue
             clean(folder)
             program = str(Path(__file__).parent / _RECIPE)
             command = [program if w == _RECIPE else w for w in resolve(contender.command, None)]
