@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from orthomerge.adapters.sources import open_source
+from orthomerge.adapters.sources import Source, open_source
 from orthomerge.checkpoints.digest import hash_checkpoint
 from orthomerge.checkpoints.folder import read_config
 from orthomerge.checkpoints.header import TensorInfo
@@ -73,15 +73,6 @@ def inspect_source(source: CheckpointSource, *, digest: bool = False) -> Inspect
     in_folder = len(checkpoint.files) != 1 or not str(source).endswith(".safetensors")
     config = read_config(checkpoint.folder) if in_folder else None
     architectures = (config or {}).get("architectures") or []
-    details: dict[str, Any] = {}
-    if opened.oft is not None:
-        sizes = sorted({module.block_size for module in opened.oft.modules.values()})
-        details = {
-            "modules": len(opened.oft.modules),
-            "block_sizes": sizes,
-            "use_cayley_neumann": opened.oft.convention.cayley_neumann,
-            "base_model": opened.oft.config.values.get("base_model_name_or_path"),
-        }
     return Inspection(
         origin=opened.origin,
         kind=opened.description,
@@ -89,10 +80,32 @@ def inspect_source(source: CheckpointSource, *, digest: bool = False) -> Inspect
         tensors=tuple(checkpoint.tensors.values()),
         dtypes=dict(sorted(dtypes.items(), key=lambda item: -item[1][1])),
         architecture=architectures[0] if architectures else None,
-        details=details,
+        details=_details(opened),
         provenance=_provenance(checkpoint, in_folder),
         digest=hash_checkpoint(checkpoint) if digest else None,
     )
+
+
+def _details(source: Source) -> dict[str, Any]:
+    """Return what an adapter is made of; nothing for other sources."""
+    adapter = source.lora or source.rotations
+    if adapter is None:
+        return {}
+    details: dict[str, Any] = {"modules": len(adapter.modules)}
+    if source.lora is not None:
+        modules = source.lora.modules.values()
+        details["ranks"] = sorted({module.rank for module in modules})
+        details["scales"] = sorted({round(module.scale, 6) for module in modules})
+    if source.rotations is not None:
+        rotated = source.rotations.modules.values()
+        details["block_sizes"] = sorted({module.block_size for module in rotated})
+    if source.oft is not None:
+        details["use_cayley_neumann"] = source.oft.convention.cayley_neumann
+    return {
+        **details,
+        "whole_tensors": len(adapter.others),
+        "base_model": adapter.config.values.get("base_model_name_or_path"),
+    }
 
 
 def _provenance(checkpoint: Checkpoint, in_folder: bool) -> dict[str, Any] | None:
