@@ -7,8 +7,9 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 checkpoint or adapter, 4 recipe, 5 numerical
 from __future__ import annotations
 
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,9 @@ from orthomerge.errors import OrthoMergeError, ProblemsError
 
 __all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "printable", "run_guarded", "say"]
 
-INTERRUPTED = 130
+USAGE, INTERRUPTED = 2, 130
+# Wherever this version of typer has it from.
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 
 @dataclass
@@ -39,7 +42,11 @@ def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     """
     SESSION.debug = SESSION.json = False
     try:
-        app(list(arguments), standalone_mode=True)
+        code = app(list(arguments), standalone_mode="--json" not in arguments)
+        return code if isinstance(code, int) else 0
+    except _UsageError as error:  # only with --json: otherwise typer prints it
+        print_json({"error": "UsageError", "exit_code": USAGE, "problem": str(error).rstrip(".")})
+        return USAGE
     except SystemExit as exit_request:
         return exit_request.code if isinstance(exit_request.code, int) else 1
     except OrthoMergeError as error:
@@ -52,7 +59,6 @@ def run_guarded(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         return 0
     except Exception as error:
         return _report_bug(error)
-    return 0
 
 
 def printable(text: str) -> str:
@@ -66,8 +72,18 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def print_json(content: Any) -> None:
-    """Print one JSON object on standard output."""
-    typer.echo(json.dumps(content, indent=2, ensure_ascii=False, default=str))
+    """Print one JSON object on standard output; what is no finite number becomes text."""
+    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False)
+    typer.echo(text)
+
+
+def _finite(value: Any) -> Any:
+    """Spell infinity and NaN, which JSON does not have, as text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _report(error: OrthoMergeError) -> int:

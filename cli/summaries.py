@@ -118,10 +118,9 @@ def _measured(facts: dict[str, dict[str, Any]]) -> Iterator[str]:
     if fitted:
         rotated = sum(any(model["rotated"] for model in models) for models in fitted)
         updates = sum(model["rotated"] for models in fitted for model in models)
-        yield (
-            f"rotated {rotated} of {len(fitted)} layers ({updates} of {sum(map(len, fitted))} "
-            "updates); the rest went to the residual method"
-        )
+        total = sum(map(len, fitted))
+        rest = "; the rest went to the residual method" if updates < total else ""
+        yield f"rotated {rotated} of {len(fitted)} layers ({updates} of {total} updates){rest}"
     turned = [max(layer["angles"]) for layer in layers if layer.get("angles")]
     if turned:
         yield f"turned {len(turned)} layers by up to {math.degrees(max(turned)):.2f}°"

@@ -224,6 +224,9 @@ class VerificationError(OrthoMergeError):
     exit_code = 7
 
 
+_MOST_SHOWN = 20  # of several problems' texts; all stay in ``problems``
+
+
 class ProblemsError(OrthoMergeError):
     """Several problems found together; each keeps its own facts.
 
@@ -237,7 +240,9 @@ class ProblemsError(OrthoMergeError):
         self.exit_code = self.problems[0].exit_code  # type: ignore[misc]
 
     def _text(self) -> str:
-        return "\n".join([self.problem, *(f"  - {problem}" for problem in self.problems)])
+        shown = [f"  - {problem}" for problem in self.problems[:_MOST_SHOWN]]
+        more = len(self.problems) - len(shown)
+        return "\n".join([self.problem, *shown, *([f"  … and {more} more"] if more else [])])
 
     def as_dict(self) -> dict[str, object]:
         """Return the count and every problem's own facts."""

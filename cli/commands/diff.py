@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from orthomerge_cli.options import Json
 from orthomerge_cli.session import print_json, say
+
+if TYPE_CHECKING:
+    from orthomerge.diagnostics.difference import TensorDifference
+    from orthomerge.errors import VerificationError
 
 
 def diff(
@@ -24,38 +27,47 @@ def diff(
     """Compare two models: relative change per tensor, largest first."""
     from orthomerge.checkpoints.sources import open_checkpoint
     from orthomerge.diagnostics.difference import diff_checkpoints
-    from orthomerge.errors import VerificationError
 
     found = diff_checkpoints(open_checkpoint(first), open_checkpoint(second))
     changed = [d for d in found if d.status != "equal"]
+    failure = _failure(changed, fail_above, second)
     if json:
-        print_json(
-            {
-                "first": first,
-                "second": second,
-                "tensors": len(found),
-                "changed": len(changed),
-                "differences": [dataclasses.asdict(d) for d in found],
-            }
-        )
-    else:
-        say(f"{len(changed)} of {len(found)} tensors differ")
-        for d in changed[:top]:
-            size = "         " if d.relative is None else f"{d.relative:9.3e}"
-            angle = "" if d.cosine is None else f"  cos {d.cosine:.6f}"
-            say(f"{size}{angle}  {d.status:<11} {d.name}  {d.note}".rstrip())
-        if len(changed) > top:
-            say(f"… and {len(changed) - top} more (--top, --json)")
-    if fail_above is not None:
-        too_far = [
-            d
-            for d in changed
-            if d.relative is None or math.isnan(d.relative) or d.relative > fail_above
-        ]
-        if too_far:
-            raise VerificationError(
-                f"{len(too_far)} tensors differ by more than {fail_above:g}",
-                file=second,
-                tensor=too_far[0].name,
-                found=too_far[0].status if too_far[0].relative is None else too_far[0].relative,
-            )
+        facts = {
+            "first": first,
+            "second": second,
+            "tensors": len(found),
+            "changed": len(changed),
+            "differences": [dataclasses.asdict(d) for d in found],
+        }
+        print_json(facts | (failure.as_dict() if failure else {}))
+        raise typer.Exit(failure.exit_code if failure else 0)
+    say(f"{len(changed)} of {len(found)} tensors differ")
+    for d in changed[:top]:
+        size = "         " if d.relative is None else f"{d.relative:9.3e}"
+        angle = "" if d.cosine is None else f"  cos {d.cosine:.6f}"
+        say(f"{size}{angle}  {d.status:<11} {d.name}  {d.note}".rstrip())
+    if len(changed) > top:
+        say(f"… and {len(changed) - top} more (--top, --json)")
+    if failure:
+        raise failure
+
+
+def _failure(
+    changed: list[TensorDifference], fail_above: float | None, second: str
+) -> VerificationError | None:
+    """Return the error of a comparison that was to be closer."""
+    from orthomerge.errors import VerificationError
+
+    if fail_above is None:
+        return None
+    near = [d.relative is not None and d.relative <= fail_above for d in changed]
+    too_far = [d for d, is_near in zip(changed, near, strict=True) if not is_near]
+    if not too_far:
+        return None
+    first = too_far[0]
+    return VerificationError(
+        f"{len(too_far)} tensors differ by more than {fail_above:g}",
+        file=second,
+        tensor=first.name,
+        found=first.status if first.relative is None else first.relative,
+    )

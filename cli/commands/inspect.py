@@ -53,7 +53,7 @@ def _print(found: Inspection, tensors: bool) -> None:
     from orthomerge.recipe.sizes import format_size
 
     def line(label: str, value: object) -> None:
-        say(f"{label:<13}{value}")
+        say(f"{label:<20}{value}")
 
     line("source", found.origin)
     line("kind", found.kind + (f", {found.architecture}" if found.architecture else ""))
@@ -63,7 +63,9 @@ def _print(found: Inspection, tensors: bool) -> None:
     for dtype, (count, nbytes) in found.dtypes.items():
         line("", f"{dtype}: {count} tensors, {format_size(nbytes)}")
     for key, value in found.details.items():
-        line(key.replace("_", " "), value)
+        if value is not None:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else value
+            line(key.replace("_", " "), text)
     if found.digest:
         line("digest", found.digest)
     if found.provenance:

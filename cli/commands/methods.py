@@ -21,10 +21,10 @@ def list_methods(json: Json = False) -> None:
 
     methods = all_methods()
     if json:
-        return print_json([_facts(method) for method in methods.values()])
+        return print_json({"methods": [_facts(method) for method in methods.values()]})
     width = max(map(len, methods))
     for name, method in methods.items():
-        say(f"{name:<{width}}  {_needs(method):<18} {method.summary}")
+        say(f"{name:<{width}}  {_needs(method):<22} {method.summary}")
 
 
 @app.command("show")
@@ -42,7 +42,13 @@ def show(
     say(f"works on    {_needs(method)}")
     say(f"reference   {method.reference}")
     if method.uses_weights:
-        say("weights     one per model (--weight), default 1")
+        sign = "any sign" if method.negative_weights else "not negative"
+        say(f"weights     one per model (--weight), {sign}, default 1")
+    most = "" if method.max_models is None else f", at most {method.max_models}"
+    if method.min_models > 1 or most:
+        say(f"models      at least {method.min_models}{most}")
+    if method.dense:
+        say(f"otherwise   {method.dense}, where the models are not all OFT-like adapters")
     if method.parameters:
         say("parameters  (--set NAME=VALUE)")
     for parameter in method.parameters.values():
@@ -53,8 +59,8 @@ def show(
 def _needs(method: MergeMethod) -> str:
     return {
         "weight": "full models",
-        "delta": "full models + base",
-        "rotation": "OFT adapters",
+        "delta": "anything + base",
+        "rotation": "OFT adapters [+ base]",
     }[method.space.value]
 
 
@@ -65,6 +71,8 @@ def _facts(method: MergeMethod) -> dict[str, Any]:
         "space": method.space.value,
         "needs_base": method.needs_base,
         "uses_weights": method.uses_weights,
+        "negative_weights": method.negative_weights,
+        "otherwise": method.dense,
         "min_models": method.min_models,
         "max_models": method.max_models,
         "reference": method.reference,

@@ -186,7 +186,7 @@ def lora_updates(
             if module.bias_key is not None:
                 found.append((_bias_name(adapter, module, base), _bias_update(adapter, module)))
         except OrthoMergeError as error:
-            problems.append(error)
+            problems.append(error.at(adapter.origin))
     problems += _orientation_problem(adapter, square, bool(turned), bool(plain))
     return found
 

@@ -14,6 +14,7 @@ from orthomerge.adapters.lora_updates import lora_updates
 from orthomerge.adapters.rotation_updates import rotation_updates
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import FLOAT_DTYPES
+from orthomerge.checkpoints.folder import tied_alias
 from orthomerge.errors import AdapterError, OrthoMergeError, combined
 
 if TYPE_CHECKING:
@@ -99,13 +100,13 @@ def adapter_updates(
         found += rotation_updates(source.rotations, base_tensors, problems)
     if not found and all(problem.problem == NOT_IN_BASE for problem in problems):
         problems = [_foreign_base(source, next(iter(adapter.modules)), len(problems))]
-    if tied:
-        problems += _tied_problems(source)
     updates: dict[str, WeightUpdate] = {}
     for name, update in found:
         problems += _update_problems(source, name, update, updates, base_tensors[name])
         updates[name] = update
     replacements = _replacements(source, adapter.others, base_tensors, updates, problems)
+    if tied:
+        problems += _tied_problems(source, base_tensors, {**updates, **replacements})
     if problems:
         raise combined(problems)
     return AdapterUpdates(updates, replacements)
@@ -178,19 +179,23 @@ def _replacements(
     return replaced
 
 
-def _tied_problems(source: Source) -> list[AdapterError]:
-    """Refuse to change an embedding that the output head shares: the head must not change."""
+def _tied_problems(
+    source: Source, base: Mapping[str, TensorInfo], changed: Mapping[str, object]
+) -> list[AdapterError]:
+    """Refuse to change one of two tensors that the base ties: the other must not change."""
     adapter = source.lora or source.rotations
     modules = adapter.modules.values() if adapter else ()
+    embeddings = {f"{module.name}.weight" for module in modules if module.kind == "embedding"}
+    pair = tied_alias({*base, *changed}) or ()
     return [
         AdapterError(
-            "the adapter changes an embedding that this base ties to its output head",
+            "the adapter changes a tensor that this base ties: embedding and output head are one",
             file=source.origin,
-            tensor=module.name,
+            tensor=name,
             remedy="Untie the base: save it with tie_word_embeddings false.",
         )
-        for module in modules
-        if module.kind == "embedding"
+        for name in changed
+        if name in pair or name in embeddings
     ]
 
 

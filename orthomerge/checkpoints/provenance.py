@@ -7,6 +7,7 @@ in it, so that repeating a merge gives the same bytes.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,17 @@ PROVENANCE_NAME = "orthomerge.json"
 
 
 def provenance_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Return the text of the provenance record."""
-    return json.dumps(content, indent=indent, ensure_ascii=False, default=str)
+    """Return the text of the provenance record; what JSON cannot hold becomes text."""
+    plain = _plain(content)
+    return json.dumps(plain, indent=indent, ensure_ascii=False, default=str, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_provenance(text: str) -> dict[str, Any] | None:
@@ -54,7 +64,7 @@ def model_card(
     hub_names = [o[3:].partition("@")[0] for o in origins if o.startswith("hf:")]
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
-        "tags": ["merge", "orthomerge", method],
+        "tags": list(dict.fromkeys(["merge", "orthomerge", method])),
     }
     if hub_names:
         front["base_model"] = hub_names

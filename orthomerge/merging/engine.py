@@ -23,7 +23,7 @@ from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
 from orthomerge.merging.surveys import model_survey, surveying_method
 
-__all__ = ["Interrupted", "execute"]
+__all__ = ["Interrupted", "check_device", "execute"]
 
 
 def execute(
@@ -44,7 +44,6 @@ def execute(
         OrthoMergeError: The first failure; the other threads are stopped.
     """
     context = Context(plan, sink, advance or (lambda _: None))
-    _check_device(context)
     done = {
         task.name: sink.finished[task.name] for task in plan.tasks if task.name in sink.finished
     }
@@ -151,11 +150,16 @@ def _one_thread_per_worker() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _check_device(context: Context) -> None:
+def check_device(plan: Plan) -> None:
+    """Refuse a device that torch does not see.
+
+    Raises:
+        BudgetError: There is no such device.
+    """
     try:
-        torch.empty(0, device=context.device)
+        torch.empty(0, device=plan.request.device)
     except (RuntimeError, AssertionError) as error:
         raise BudgetError(
-            f"the device '{context.plan.request.device}' cannot be used: {error}".splitlines()[0],
+            f"the device '{plan.request.device}' cannot be used: {error}".splitlines()[0],
             remedy="Use --device cpu, or a device that torch can see.",
         ) from error

@@ -18,6 +18,8 @@ from orthomerge.errors import NumericalError
 
 __all__ = ["UpdateNorms"]
 
+_ROUNDING = 1e-6  # of the base's size: a few steps of float32
+
 
 class UpdateNorms:
     """Sums of squares of the update and of the plain sum of changes; any thread may add."""
@@ -26,17 +28,19 @@ class UpdateNorms:
         self._lock = threading.Lock()
         self._updates: list[float] = []
         self._sums: list[float] = []
+        self._origins: list[float] = []
 
-    def add(self, update: Tensor, deltas: Sequence[Tensor]) -> None:
-        """Count one piece in."""
+    def add(self, update: Tensor, deltas: Sequence[Tensor], origin: Tensor | None = None) -> None:
+        """Count one piece in; without a base to which it is added, ``origin`` is None."""
         total = sum(deltas[1:], deltas[0])
         squares = [
             torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
-            for values in (update, total)
+            for values in (update, total, *([] if origin is None else [origin]))
         ]
         with self._lock:
             self._updates.append(squares[0])
             self._sums.append(squares[1])
+            self._origins += squares[2:]
 
     def factor(self, strength: float) -> float:
         """Return what the update is multiplied by for a norm-matched strength.
@@ -46,11 +50,13 @@ class UpdateNorms:
         """
         # Exactly rounded sums, so that the order in which threads finish does not matter.
         update, total = math.fsum(self._updates), math.fsum(self._sums)
-        if total == 0.0:
+        # An update of the size of rounding has no direction that could be scaled up.
+        rounding = (_ROUNDING * math.sqrt(math.fsum(self._origins))) ** 2
+        if total <= rounding and update <= rounding:
             return 1.0
-        if update == 0.0:
+        if update <= rounding:
             raise NumericalError(
-                "the merged update is zero, so it cannot be scaled to a norm-matched strength",
+                "the merged update is zero but for rounding, so no norm-matched strength exists",
                 remedy="Leave norm_matched out, or change the method's parameters.",
             )
         return strength * math.sqrt(total / update)

@@ -195,6 +195,7 @@ class Plan:
             "norm_matched": self.request.norm_matched,
             "device": self.request.device,
             "output": self.output_kind,
+            "adapters": [a.config.values for s in self.models if (a := s.lora or s.rotations)],
             "provenance": self.request.provenance and dict(self.request.recipe),
             "files": [sorted(self.copied_files), dict(self.written_files)],
             "shards": [

@@ -74,8 +74,8 @@ class MergeMethod:
         whole: Whether it needs whole tensors in their shapes, not flat pieces.
         workspace: For a whole-tensor method: elements of the compute dtype it holds beside its
             inputs, from the tensor's shape and the number of models. Default: as many again.
-        residual: For a method with a nested one: ``(base, delta, mean_delta, *, weights, role,
-            **parameters)`` gives what is left of one model's delta for the nested method.
+        residual: For a method with a nested one: ``(base, deltas, model, *, role, **parameters)``
+            gives what is left of one model's delta for the nested method.
         dense: Id of the method that takes its place for sources it cannot read.
         resolved: ``(parameters, models)`` gives the parameters with everything decided that was
             left to the method, for the provenance.

@@ -29,4 +29,8 @@ def unfit_block(shape: tuple[int, ...], role: str, parameters: Mapping[str, Any]
     if not block or role not in rotated_roles(**wanted):
         return None
     columns = shape[-1] if role == "stack" else math.prod(shape[1:])
-    return f"block: {block} does not divide its {columns} inputs" if columns % block else None
+    if columns % block == 0:
+        return None
+    return (
+        f"block: {block} does not divide its {columns} inputs; give such tensors block 0 by a rule"
+    )

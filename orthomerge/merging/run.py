@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
 from orthomerge.errors import AdapterError, CheckpointError, NumericalError, OutputError
-from orthomerge.merging.engine import execute
+from orthomerge.merging.engine import check_device, execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
@@ -72,9 +72,11 @@ def run_plan(
         Interrupted: On Ctrl-C; the partial output stays for ``resume``.
         NumericalError: A tensor is not finite; no partial output stays.
         CheckpointError: An input is damaged; no partial output stays.
-        BudgetError: The disk is full; the partial output stays for ``resume``.
+        BudgetError: The disk is full (the partial output stays for ``resume``), or there is no
+            such device (nothing was started).
     """
     started = time.monotonic()
+    check_device(plan)
     if plan.request.output is None:
         memory = MemoryWriter({task.name: task.info for task in plan.tasks})
         details = execute(plan, memory, advance=advance)

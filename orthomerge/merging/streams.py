@@ -169,7 +169,13 @@ class JoinedStream:
         return torch.cat([self._open(at).sample(share)[:share] for at, share in shares.items()])
 
 
-def check_finite(values: Tensor, origin: str, name: str, what: str) -> None:
+def check_finite(
+    values: Tensor,
+    origin: str,
+    name: str,
+    what: str,
+    remedy: str = "Repair or replace this checkpoint, or leave the tensor out.",
+) -> None:
     """Refuse NaN and infinity.
 
     A sum is several times cheaper than an elementwise test and is non-finite whenever an entry is;
@@ -187,5 +193,5 @@ def check_finite(values: Tensor, origin: str, name: str, what: str) -> None:
             file=origin,
             tensor=name,
             found=str(values.reshape(-1)[bad[0, 0]].item()),
-            remedy="Repair or replace this checkpoint, or leave the tensor out.",
+            remedy=remedy,
         )

@@ -88,7 +88,7 @@ def plan(
         >>> import torch
         >>> a, b = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
         >>> plan([a, b]).method.name
-        'linear'
+        'geodesic'
     """
     if weights is not None and len(weights) != len(models):
         raise RecipeError("one weight per model", expected=len(models), found=len(weights))

@@ -6,6 +6,7 @@ whether the sources fit together by the planner.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,6 +34,13 @@ def _dtype(value: Any) -> Any:
         raise ValueError(str(error)) from error
 
 
+def _device(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d+)?", value):
+        return value
+    raise ValueError("must be cpu, cuda or cuda:N")
+
+
+Device = Annotated[str, BeforeValidator(_device)]
 Size = Annotated[int, BeforeValidator(_size)]
 Dtype = Annotated[str, BeforeValidator(_dtype)]
 
@@ -76,9 +84,7 @@ class OutputSettings(_Strict):
 class RunSettings(_Strict):
     """How the work is done; none of it changes the result beyond rounding."""
 
-    device: str = Field(
-        default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N."
-    )
+    device: Device = Field(default="cpu", description="cpu, cuda or cuda:N.")
     compute_dtype: Literal["float32", "float64"] | None = Field(
         default=None,
         description="dtype of the arithmetic; default: float32, float64 for float64 inputs.",

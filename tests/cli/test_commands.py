@@ -126,7 +126,7 @@ def test_exit_codes_and_messages(files, run, arguments, code, words) -> None:
     assert (files / "taken.yaml").read_text() == "mine"
     if code not in (2,):
         json_code, out, _ = run(*arguments, "--json")
-        facts = json.loads(out[out.rindex('{\n  "error"') :])
+        facts = json.loads(out)
         assert json_code == code == facts["exit_code"]
 
 
@@ -219,7 +219,9 @@ def test_methods_list_and_show(run) -> None:
     _, out, _ = run("methods", "show", "orthomerge", "--json")
     assert {p["name"] for p in json.loads(out)["parameters"]} >= {"strength", "correction", "c_max"}
     _, out, _ = run("methods", "list", "--json")
-    assert len(json.loads(out)) >= 6
+    assert len(json.loads(out)["methods"]) >= 6
+    code, out, _ = run("methods", "list", "--jsn", "--json")
+    assert (code, json.loads(out)["error"]) == (2, "UsageError")
 
 
 def test_init_writes_a_recipe_that_validates(files, run) -> None:

@@ -101,7 +101,7 @@ class Context:
             deltas = contributions
             if space is Space.WEIGHT:
                 deltas = [weight - origin for weight in contributions]
-            self.norms.add(merged - origin, deltas)
+            self.norms.add(merged - origin, deltas, origin)
         else:
             if self.factor != 1.0 and task.method is None:  # else it is averaged as it is
                 assert origin is not None
@@ -116,6 +116,7 @@ class Context:
         """
         rounded = values.to(torch_dtype(task.info.dtype))
         output = str(self.plan.request.output or "the result")
-        check_finite(rounded.to(self.compute), output, task.name, "the merged tensor")
+        remedy = "Choose an output dtype with more range, e.g. bfloat16, or a smaller strength."
+        check_finite(rounded.to(self.compute), output, task.name, "the merged tensor", remedy)
         raw = rounded.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self.sink.write(task.name, start * ITEM_SIZES[task.info.dtype], raw.data)

@@ -18,10 +18,10 @@ __all__ = ["geodesic"]
 
 
 def _workspace(shape: tuple[int, ...], models: int) -> int:
-    """Return the float32 elements held: per pair and model an n x n matrix, in fp64 if wide."""
+    """Return the float32 elements held: some fifteen n x n matrices per model, all in fp64."""
     rows, columns = shape[0], math.prod(shape[1:])
-    precision = 2 if rows < columns else 1
-    return precision * ((2 * models + 6) * columns**2 + (models + 3) * rows * columns)
+    spanned = min(columns, models * rows)
+    return 2 * (15 * models * spanned**2 + 2 * (models + 1) * rows * columns)
 
 
 @merge_method(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.modes import resolved
@@ -37,6 +37,13 @@ def _residual(
     return residual_of(base, deltas, _settings(parameters, len(deltas)), role, model)
 
 
+def _unfit(shape: tuple[int, ...], role: str, parameters: Mapping[str, Any]) -> str | None:
+    """Return why a tensor cannot be merged with these settings, or None."""
+    if parameters["mode"] == "reproduce" and parameters["block"]:
+        return "mode: reproduce knows no blocks, as the published code does not; leave block at 0"
+    return unfit_block(shape, role, parameters)
+
+
 @merge_method(
     "orthomerge-decoupled",
     space=Space.DELTA,
@@ -46,7 +53,7 @@ def _residual(
     divides_by_weight_sum=True,
     whole=True,
     workspace=_workspace,
-    unfit=unfit_block,
+    unfit=_unfit,
     residual=_residual,
     resolved=resolved,
 )

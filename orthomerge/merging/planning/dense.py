@@ -133,7 +133,7 @@ def _align(
         elif request.missing == "skip":
             draft.notes.append(f"{name} is not in every model: left out")
         else:
-            draft.problems.append(_missing_problem(request, name, row, views))
+            draft.problems.append(_missing_problem(name, row, views))
     return rows
 
 
@@ -146,13 +146,11 @@ def _entry(view: View, name: str, tied: tuple[str, str] | None) -> TensorInfo | 
     return tensors.get(name)
 
 
-def _missing_problem(
-    request: MergeRequest, name: str, row: _Row, views: Sequence[View]
-) -> OrthoMergeError:
+def _missing_problem(name: str, row: _Row, views: Sequence[View]) -> OrthoMergeError:
     without = [v.origin for v, entry in zip(views, row.entries, strict=True) if entry is None]
     remedy = (
-        "Only --missing skip can handle a tensor that the first source lacks."
-        if request.missing == "copy-base"
+        "The first source lacks it, so only --missing skip can handle it."
+        if row.entries[0] is None
         else "Pass --missing copy-base to take it from the base (else the first model) "
         "or --missing skip to leave it out."
     )
@@ -171,7 +169,7 @@ def _draft_task(
     has_base = len(views) > len(request.models)
     present = [entry for entry in row.entries if entry is not None]
     if len({entry.shape for entry in present}) > 1:
-        draft.problems.append(_shape_problem(name, row))
+        draft.problems.append(_shape_problem(name, row, views))
         return []
     floating = all(is_float(entry.dtype) for entry in present)
     if not floating and len({entry.dtype for entry in present}) > 1:
@@ -186,12 +184,17 @@ def _draft_task(
     if row.complete and floating:
         models = entries[1:] if has_base else entries
         problem = weight_sum_problem(method, settings, [True] * len(models), name)
-        draft.problems += [problem] if problem and kind in MERGED_KINDS else []
+        known = {known.problem for known in draft.problems}
+        if problem and kind in MERGED_KINDS and problem.problem not in known:  # once is enough
+            draft.problems.append(problem)
         if has_base and not relative:
             entries = (None, *models)
     if kind == "whole" and method.unfit is not None:
         unfit = method.unfit(info.shape, tensor_role(name, info.shape), settings.parameters)
-        draft.problems += [RecipeError(unfit, tensor=name)] if unfit else []
+        if unfit and unfit not in {problem.problem for problem in draft.problems}:
+            draft.problems.append(RecipeError(unfit, tensor=name))
+    if kind in ("copy", "convert"):  # an adapter that leaves a tensor alone does not hold it
+        entries = tuple(e if v.touches(name) else None for v, e in zip(views, entries, strict=True))
     pairs = list(zip(views, entries, strict=True))
     read = sum(view.read_bytes(entry.name) for view, entry in pairs if entry is not None)
     names = tuple(entry.name if entry else None for entry in entries)
@@ -253,8 +256,11 @@ def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested[0] if nested else parameters
 
 
-def _shape_problem(name: str, row: _Row) -> OrthoMergeError:
-    shapes = [list(entry.shape) if entry else "missing" for entry in row.entries]
+def _shape_problem(name: str, row: _Row, views: Sequence[View]) -> OrthoMergeError:
+    shapes = [
+        f"{list(entry.shape) if entry else 'missing'} in {view.origin}"
+        for entry, view in zip(row.entries, views, strict=True)
+    ]
     vocabulary = name.endswith(("embed_tokens.weight", "lm_head.weight", "word_embeddings.weight"))
     return TensorMismatchError(
         "the shapes differ",

@@ -61,6 +61,10 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     planner = oft if method.space is Space.ROTATION else dense
     draft = planner.draft_tasks(request, method, opened, base)
+    if base is not None and method.space is Space.WEIGHT and request.norm_matched is None:
+        draft.notes.append(f"{method.name} does not use the base; config and tokenizer are its")
+    if request.method is not None and method.name != request.method:
+        draft.notes.append(f"{request.method} is {method.name} for models like these")
     if request.method is None and method.whole:
         draft.notes.append(
             f"{method.name} decomposes every weight matrix; --method "
@@ -110,7 +114,9 @@ def _choose_method(request: MergeRequest, models: list[Source], base: Source | N
 def _default_method(models: list[Source], base: Source | None, all_rotations: bool) -> str:
     if all_rotations:
         return "orthomerge"
-    return "geodesic" if base is None else "orthomerge-decoupled"
+    if base is None:
+        return "geodesic" if len(models) > 1 else "passthrough"
+    return "orthomerge-decoupled"
 
 
 def _source_problems(
@@ -137,7 +143,7 @@ def _source_problems(
             )
         )
     for model in models:
-        problem = _kind_problem(method, model, base)
+        problem = _kind_problem(method, model, base, chosen_by_inputs=request.method is None)
         problems += [problem] if problem else []
     if request.norm_matched is not None and base is None and method.space is not Space.ROTATION:
         problems.append(
@@ -155,7 +161,9 @@ def _source_problems(
     return problems
 
 
-def _kind_problem(method: MergeMethod, model: Source, base: Source | None) -> RecipeError | None:
+def _kind_problem(
+    method: MergeMethod, model: Source, base: Source | None, *, chosen_by_inputs: bool
+) -> RecipeError | None:
     """Return why this method cannot merge this source, or None."""
     if method.space is Space.ROTATION:
         if model.rotations is not None:
@@ -165,6 +173,14 @@ def _kind_problem(method: MergeMethod, model: Source, base: Source | None) -> Re
             remedy = f"Use a method of task vectors, with --base: {method.dense or 'ties'}."
     elif model.kind == "full" or (_makes_updates(model) and base is not None):
         return None
+    elif _makes_updates(model) and chosen_by_inputs:
+        return RecipeError(
+            "the adapters are merged into their base, as a full checkpoint",
+            file=model.origin,
+            found=model.description,
+            remedy="Pass --base: the model they were trained on. Merging LoRA adapters into a LoRA "
+            "adapter is not in this version.",
+        )
     elif _makes_updates(model):
         legal = "full checkpoints, or adapters together with their base"
         remedy = "Pass --base (in a recipe: base): the model the adapter was trained on."
