@@ -61,18 +61,21 @@ class MergedModule:
     shared: bool = False
 
 
-def common_convention(adapters: Sequence[RotationAdapter]) -> OftConvention | None:
+def common_convention(
+    adapters: Sequence[RotationAdapter], *, legacy: bool = False
+) -> OftConvention | None:
     """Return the convention all adapters share, if PEFT >= 0.18 can express it.
 
-    None when they disagree, and when they use the series of PEFT 0.16 and 0.17, which later
-    versions would evaluate differently. Three and four terms are the same series.
+    None when they disagree, and, unless ``legacy`` is allowed, when they use the series of PEFT
+    0.16 and 0.17, which later versions would evaluate differently. Three and four terms are the
+    same series.
     """
     found = {
         OftConvention(True, 4) if one == OftConvention(True, 3) else one
         for one in (adapter.convention for adapter in adapters)
     }
     convention = found.pop() if len(found) == 1 else None
-    return None if convention is None or convention.legacy else convention
+    return None if convention is None or (convention.legacy and not legacy) else convention
 
 
 def stored_from_canonical(A: torch.Tensor, kind: Kind, convention: OftConvention) -> torch.Tensor:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 from orthomerge.adapters.convention import EXACT, OftConvention
-from orthomerge.adapters.export import merged_oft_config
+from orthomerge.adapters.export import common_convention, merged_oft_config
 from orthomerge.adapters.keys import base_tensor_name
 from orthomerge.adapters.oft import oft_key
 from orthomerge.adapters.rotated import RotationAdapter
@@ -73,19 +73,17 @@ def _convention(
     ``auto`` keeps the adapters' own map where they agree and PEFT can still apply it, because they
     were trained through it; otherwise the exact Cayley map.
     """
-    found = {adapter.convention for adapter in adapters}
-    common = next(iter(found)) if len(found) == 1 else None
-    if common is not None and common.legacy and not dense:
-        common = None  # today's PEFT would read the numbers with another series
+    # In an adapter, today's PEFT would read the numbers of the older series with another one.
+    common = common_convention(adapters, legacy=dense)
     if request.back_map == "exact" or (request.back_map == "auto" and common is None):
-        if len(found) > 1:
+        if common_convention(adapters, legacy=True) is None:
             draft.notes.append("the adapters' Cayley conventions differ: the exact map is used")
         return EXACT
     if common is None:
         draft.problems.append(
             RecipeError(
                 "back_map as_trained needs adapters of one convention that PEFT >= 0.18 applies",
-                found=", ".join(map(str, found)),
+                found=", ".join(str(adapter.convention) for adapter in adapters),
                 remedy="Use back_map auto or exact.",
             )
         )
