@@ -6,10 +6,8 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 checkpoint or adapter, 4 recipe, 5 numerical
 
 from __future__ import annotations
 
-import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,18 +70,10 @@ def say(text: str, *, err: bool = False) -> None:
 
 
 def print_json(content: Any) -> None:
-    """Print one JSON object on standard output; what is no finite number becomes text."""
-    text = json.dumps(_finite(content), indent=2, ensure_ascii=False, default=str, allow_nan=False)
-    typer.echo(text)
+    """Print one JSON object on standard output."""
+    from orthomerge.checkpoints.json_text import json_text
 
-
-def _finite(value: Any) -> Any:
-    """Spell infinity and NaN, which JSON does not have, as text."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+    typer.echo(json_text(content))
 
 
 def _report(error: OrthoMergeError) -> int:

@@ -7,11 +7,12 @@ in it, so that repeating a merge gives the same bytes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
+from orthomerge.checkpoints.json_text import json_text
 
 __all__ = ["PROVENANCE_NAME", "model_card", "provenance_json", "read_provenance"]
 
@@ -19,17 +20,8 @@ PROVENANCE_NAME = "orthomerge.json"
 
 
 def provenance_json(content: Mapping[str, Any], *, indent: int | None = 2) -> str:
-    """Return the text of the provenance record; what JSON cannot hold becomes text."""
-    plain = _plain(content)
-    return json.dumps(plain, indent=indent, ensure_ascii=False, default=str, allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+    """Return the text of the provenance record."""
+    return json_text(content, indent=indent)
 
 
 def read_provenance(text: str) -> dict[str, Any] | None:

@@ -27,8 +27,9 @@ from orthomerge.diagnostics.measurements import (
     ModelGeometry,
 )
 from orthomerge.diagnostics.survey import Survey, SurveyedLayer, plan_survey
-from orthomerge.errors import BudgetError, NumericalError
+from orthomerge.errors import NumericalError
 from orthomerge.linalg.checks import frobenius, orthogonality
+from orthomerge.linalg.devices import require_device
 from orthomerge.linalg.energy import hyperspherical_energy
 from orthomerge.linalg.precision import full_precision
 from orthomerge.linalg.procrustes_anchors import residual_noise_baseline
@@ -111,7 +112,7 @@ def measure(
     survey: Survey, settings: Settings, advance: Callable[[int], None] | None = None
 ) -> Diagnosis:
     """Measure the layers of a survey; ``diagnose`` explains arguments and errors."""
-    _check_device(settings.device)
+    require_device(settings.device)
     skipped = survey.skipped.copy()
     found: list[LayerGeometry] = []
     for layer in survey.layers:
@@ -134,18 +135,6 @@ def measure(
         layers=tuple(found),
         skipped=dict(skipped),
     )
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # unknown; or known, but not on this machine
-        raise BudgetError(
-            "there is no such device here",
-            expected="cpu, cuda or cuda:N",
-            found=name,
-            remedy="Leave --device out to compute on the CPU.",
-        ) from error
 
 
 def _measure_layer(

@@ -24,6 +24,7 @@ from orthomerge.extraction.folders import Adapter, adapter_bundle, lora_adapter,
 from orthomerge.extraction.layers import LayerFactors, LayerReport, explain
 from orthomerge.extraction.plan import ExtractionPlan, Layer, plan_extraction
 from orthomerge.extraction.settings import ExtractKind, ExtractSettings
+from orthomerge.linalg.devices import require_device
 from orthomerge.linalg.precision import working_dtype
 from orthomerge.version import __version__
 
@@ -115,7 +116,9 @@ def extract(
         OrthoMergeError: The inputs, settings or output do not fit; all problems at once.
         AdapterError: No linear weight differs.
         NumericalError: A weight is not finite.
+        BudgetError: There is no such device.
     """
+    require_device(device)
     names = (targets,) if isinstance(targets, str) else tuple(targets or ())
     settings = ExtractSettings(kind, rank, energy, block_size, names, anchor)
     sources = open_source(model), open_source(base)

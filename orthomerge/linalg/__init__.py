@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from orthomerge.linalg.aligned_means import ProcrustesMeanReport, procrustes_mean
     from orthomerge.linalg.blocks import align_blocks, regroup_blocks, rotate_columns
     from orthomerge.linalg.checks import frobenius, orthogonality, require_finite, skewness
+    from orthomerge.linalg.devices import require_device
     from orthomerge.linalg.energy import EnergyReport, hyperspherical_energy
     from orthomerge.linalg.logarithms import (
         cayley_angles,
@@ -81,6 +82,7 @@ __all__ = [
     "procrustes_mean",
     "procrustes_right",
     "regroup_blocks",
+    "require_device",
     "require_finite",
     "residual_noise_baseline",
     "rotate_columns",
@@ -108,6 +110,7 @@ _MODULES = {
         "require_finite",
         "skewness",
     ),
+    "devices": ("require_device",),
     "energy": (
         "EnergyReport",
         "hyperspherical_energy",

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 
 from orthomerge.checkpoints.writer import TensorSink
-from orthomerge.errors import BudgetError
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.executors import EXECUTORS, Context, Interrupted
 from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
 from orthomerge.merging.surveys import model_survey, surveying_method
 
-__all__ = ["Interrupted", "check_device", "execute"]
+__all__ = ["Interrupted", "execute"]
 
 
 def execute(
@@ -148,18 +147,3 @@ def _one_thread_per_worker() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def check_device(plan: Plan) -> None:
-    """Refuse a device that torch does not see.
-
-    Raises:
-        BudgetError: There is no such device.
-    """
-    try:
-        torch.empty(0, device=plan.request.device)
-    except (RuntimeError, AssertionError) as error:
-        raise BudgetError(
-            f"the device '{plan.request.device}' cannot be used: {error}".splitlines()[0],
-            remedy="Use --device cpu, or a device that torch can see.",
-        ) from error

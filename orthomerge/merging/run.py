@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
 from orthomerge.errors import AdapterError, CheckpointError, NumericalError, OutputError
-from orthomerge.merging.engine import check_device, execute
+from orthomerge.linalg.devices import require_device
+from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
@@ -76,7 +77,7 @@ def run_plan(
             such device (nothing was started).
     """
     started = time.monotonic()
-    check_device(plan)
+    require_device(plan.request.device)
     if plan.request.output is None:
         memory = MemoryWriter({task.name: task.info for task in plan.tasks})
         details = execute(plan, memory, advance=advance)

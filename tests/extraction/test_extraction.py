@@ -331,3 +331,17 @@ def test_an_adapter_after_its_negation_gives_the_base(pair, tmp_path, kind) -> N
     assert float(moved.abs().max()) > 0.1
     record = json.loads((tmp_path / "back" / "orthomerge.json").read_text())
     assert record["command"] == "negate"
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path) -> None:
+    import torch
+
+    from orthomerge.errors import BudgetError
+    from orthomerge.extraction import extract
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has the device")
+    base = {"a.weight": torch.zeros(4, 4)}
+    with pytest.raises(BudgetError, match="no such device"):
+        extract({"a.weight": torch.ones(4, 4)}, base, device="cuda", output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
