@@ -122,7 +122,8 @@ def _by_eigh(X: Tensor, precision: torch.dtype, out: torch.dtype) -> Tensor:
     largest = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     allowed = values[..., :1] * _EIGH_CONDITION[precision] ** 2 > largest
     scale = torch.where(allowed, values.clamp_min(1e-300).rsqrt(), torch.nan)
-    R = newton_schulz(((D @ V * scale[..., None, :]) @ V.mT).to(out))
+    # D V scale has orthonormal columns, so the last product need not be more precise than R.
+    R = newton_schulz((D @ V * scale[..., None, :]).to(out) @ V.mT.to(out))
     # The products of a poorly conditioned M leave a defect that one step may not remove.
     if float(largest.max() / values[..., :1].clamp_min(1e-300).min()) > 1e8:
         R = newton_schulz(R)
