@@ -176,8 +176,11 @@ def qr_core_fit(
         return None
     P, report = polar_at_precision(L0 @ L1.mT, method, data)
     Y, C, Z = _principal(V0.mT @ V1)
-    a, b = V0 @ Y, V1 @ Z
     Q = Y.mT @ P @ Z
+    K, misfit = _half_skew(Q), L0.mT @ P - L1.mT
+    # What follows only spreads the solution over the n inputs: the data's precision is enough.
+    V0, V1, Y, Z, Q, C = (T.to(data) for T in (V0, V1, Y, Z, Q, C))
+    a, b = V0 @ Y, V1 @ Z
     rest = b - a * C
     sines = torch.linalg.vector_norm(rest, dim=0)
     kept = sines > _SINE
@@ -185,9 +188,7 @@ def qr_core_fit(
     cosines, zero = torch.where(kept, C, 1.0), torch.where(kept, sines, 0.0)
     lower = torch.cat([-torch.diag(zero)[kept], torch.diag(cosines[kept])], dim=1)
     core = torch.cat([torch.cat([Q * cosines, (Q * zero)[:, kept]], dim=1), lower])
-    K = _half_skew(Q)
-    half = None if K is None else ((a + b) / (1 + C), K, a)
-    misfit = L0.mT @ P - L1.mT
+    half = None if K is None else ((a + b) / (1 + C), K.to(data), a)
     return Factored(torch.cat([a, f], dim=1), core, report, "qr-core", half, misfit)
 
 
