@@ -6,7 +6,6 @@ averages are ``linalg``'s.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from orthomerge.linalg.blocks import rotate_columns
 from orthomerge.linalg.logarithms import exp_so
 from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction
 from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
@@ -215,14 +215,13 @@ def _rotate(
     """
     if not any(fits):
         return base, None
-    total = math.fsum(weights)
     algebra, unrotated = AlgebraSum(), 0.0
     for fit, weight in zip(fits, weights, strict=True):
         if fit is None:
-            unrotated += weight / total
+            unrotated += weight
         else:
             A = fit.generator(settings.chart)
-            algebra.add(A, weight / total)
+            algebra.add(A, weight)
     if unrotated:
         algebra.add(torch.zeros_like(A), unrotated)
     A, merge = algebra.merged(
@@ -238,8 +237,4 @@ def _rotate(
 
 def _apply_exp(W0: Tensor, L: Tensor) -> Tensor:
     R = exp_so(L)
-    if R.ndim == 2:
-        return W0 @ R
-    from orthomerge.linalg.blocks import rotate_columns
-
-    return rotate_columns(W0, R)
+    return W0 @ R if R.ndim == 2 else rotate_columns(W0, R)

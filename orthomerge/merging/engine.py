@@ -7,7 +7,7 @@ writing behind is the sink's. Nothing here knows a file format or a merge method
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +19,8 @@ from orthomerge.checkpoints.writer import TensorSink
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.executors import EXECUTORS, Context, Interrupted
 from orthomerge.merging.norms import UpdateNorms
-from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
-from orthomerge.merging.surveys import model_survey, surveying_method
+from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.surveys import model_survey
 
 __all__ = ["Interrupted", "execute"]
 
@@ -54,8 +54,7 @@ def execute(
     waiting.sort(key=lambda task: -task.read_bytes)
     try:
         with full_precision(), torch.inference_mode(), _one_thread_per_worker():
-            if surveying_method(plan):
-                context.survey = model_survey(context)
+            context.survey = model_survey(context)
             if plan.request.norm_matched is not None:
                 context.factor = _matched_factor(plan, context)
             done |= _run_all(waiting, context)
@@ -69,12 +68,11 @@ def _matched_factor(plan: Plan, context: Context) -> float:
     assert plan.request.norm_matched is not None
     norms = UpdateNorms()
     measured = replace(context, norms=norms, advance=lambda _: None, stop=threading.Event())
-    merged = [t for t in plan.tasks if t.kind in MERGED_KINDS and t.method is None]
-    _run_all(merged, measured)
+    _run_all(plan.merged_tasks, measured)
     return norms.factor(plan.request.norm_matched)
 
 
-def _run_all(tasks: list[Task], context: Context) -> dict[str, Any]:
+def _run_all(tasks: Sequence[Task], context: Context) -> dict[str, Any]:
     budget = _Budget(context.plan.budget_bytes)
     done: dict[str, Any] = {}
 
@@ -131,7 +129,7 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def _prefetch(tasks: list[Task], position: int, context: Context) -> None:
+def _prefetch(tasks: Sequence[Task], position: int, context: Context) -> None:
     if position < len(tasks):
         for checkpoint, name in context.checkpoints(tasks[position]):
             if name is not None and name in checkpoint.tensors:

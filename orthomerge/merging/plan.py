@@ -160,6 +160,11 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
+    def merged_tasks(self) -> tuple[Task, ...]:
+        """The tasks that the plan's own method merges."""
+        return tuple(t for t in self.tasks if t.kind in MERGED_KINDS and t.method is None)
+
+    @property
     def read_bytes(self) -> int:
         """Input bytes that are read."""
         return sum(task.read_bytes for task in self.tasks)

@@ -62,8 +62,9 @@ class MergeMethod:
         space: What it works on.
         reference: Paper or origin.
         survey: ``survey(streams, *, weights, **parameters)``, called once per tensor, or once for
-            the whole model if the method has a parameter ``scope`` that is set to ``"model"``. Its
-            result is passed to the function as ``survey``.
+            the whole model if the method has a parameter ``scope`` that is set to ``"model"``. In
+            ROTATION space ``survey(norms, **parameters)``, once; ``norms()`` measures each model's
+            ‖A_i‖. Its result is passed to the function as ``survey``.
         min_models: Fewest models it takes.
         max_models: Most models it takes, or None.
         laws: Names from ``LAWS`` that hold at default parameters.

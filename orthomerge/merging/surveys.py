@@ -13,47 +13,28 @@ from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.inputs import open_inputs
 from orthomerge.merging.executors.rotation import model_norms
 from orthomerge.merging.executors.whole import read_whole
-from orthomerge.merging.plan import MERGED_KINDS, Plan, Task
-from orthomerge.merging.registry import MergeMethod, get_method
+from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.registry import get_method
 from orthomerge.merging.roles import tensor_role
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.streams import HeldStream, JoinedStream
 
-__all__ = ["model_survey", "surveying_method"]
-
-
-def surveying_method(plan: Plan) -> tuple[MergeMethod, dict[str, Any]] | None:
-    """Return the method that looks at the whole model first, and its parameters, if one does.
-
-    That is the plan's method, or the one nested in it, when its ``scope`` is the model.
-    """
-    tasks = _merged_tasks(plan)
-    if not tasks:
-        return None
-    parameters = dict(tasks[0].parameters)
-    if plan.method.space is Space.ROTATION:
-        return (plan.method, parameters) if plan.method.survey is not None else None
-    nested = [v for k, v in parameters.items() if v and plan.method.parameters[k].kind is dict]
-    for choice in nested:
-        parameters = dict(choice)
-        method = get_method(parameters.pop("method"))
-        if method.survey is not None and parameters.get("scope") == "model":
-            return method, parameters
-        return None
-    if plan.method.survey is not None and parameters.get("scope") == "model":
-        return plan.method, parameters
-    return None
+__all__ = ["model_survey"]
 
 
 def model_survey(context: Context) -> Any:
-    """Run the survey once, on streams that run over all merged tensors."""
-    found = surveying_method(context.plan)
-    assert found is not None
-    method, parameters = found
-    tasks = _merged_tasks(context.plan)
-    assert method.survey is not None
-    if method.space is Space.ROTATION:
-        return method.survey(model_norms(tasks, context), **parameters)
+    """Run the survey of the whole model, if a method asks for one; else return None.
+
+    It sees streams that run over all merged tensors; in rotation space, a function that measures
+    each model's generator.
+    """
+    found = _surveying_method(context.plan)
+    if found is None:
+        return None
+    survey, space, parameters = found
+    tasks = context.plan.merged_tasks
+    if space is Space.ROTATION:
+        return survey(functools.partial(model_norms, tasks, context), **parameters)
     residuals = context.plan.method.residual is not None
 
     @functools.lru_cache(maxsize=1)  # the models are walked through in step and share the base
@@ -62,18 +43,33 @@ def model_survey(context: Context) -> Any:
         if residuals:
             return _residual_streams(tasks[position], context)
         inputs = open_inputs(tasks[position], context, hashing=False)
-        return list(inputs.streams(method.space))
+        return list(inputs.streams(space))
 
     def opener(model: int) -> Callable[[int], Any]:
         return lambda position: open_streams(position)[model]
 
     sizes = [task.info.numel for task in tasks]
     streams = [JoinedStream(sizes, opener(model)) for model in range(len(context.plan.models))]
-    return method.survey(streams, weights=tasks[0].weights, **parameters)
+    return survey(streams, weights=tasks[0].weights, **parameters)
 
 
-def _merged_tasks(plan: Plan) -> list[Task]:
-    return [task for task in plan.tasks if task.kind in MERGED_KINDS and task.method is None]
+def _surveying_method(plan: Plan) -> tuple[Callable[..., Any], Space, dict[str, Any]] | None:
+    """Return the survey to run, its method's space and parameters.
+
+    It is the plan's method's, or the one's that is nested in it; outside rotation space only when
+    ``scope`` is the model.
+    """
+    if not plan.merged_tasks:
+        return None
+    method, parameters = plan.method, dict(plan.merged_tasks[0].parameters)
+    nested = [v for k, v in parameters.items() if v and method.parameters[k].kind is dict]
+    if nested:
+        parameters = dict(nested[0])
+        method = get_method(parameters.pop("method"))
+    whole_model = method.space is Space.ROTATION or parameters.get("scope") == "model"
+    if method.survey is None or not whole_model:
+        return None
+    return method.survey, method.space, parameters
 
 
 def _residual_streams(task: Task, context: Context) -> list[_ResidualStream]:

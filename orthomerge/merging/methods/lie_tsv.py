@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 from orthomerge.merging.parameters import Between
@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["lie_tsv"]
 
 
-def _global_norms(norms: Sequence[float], **_: object) -> list[float]:
-    """Return each model's ‖A_i‖ over all modules, which ``equalise`` needs."""
-    return list(norms)
+def _global_norms(
+    norms: Callable[[], list[float]], *, equalise: float, **_: object
+) -> list[float] | None:
+    """Measure each model's ‖A_i‖ over all modules, if ``equalise`` asks for it."""
+    return norms() if equalise else None
 
 
 @merge_method(

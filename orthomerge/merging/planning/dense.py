@@ -184,15 +184,14 @@ def _draft_task(
     if row.complete and floating:
         models = entries[1:] if has_base else entries
         problem = weight_sum_problem(method, settings, [True] * len(models), name)
-        known = {known.problem for known in draft.problems}
-        if problem and kind in MERGED_KINDS and problem.problem not in known:  # once is enough
-            draft.problems.append(problem)
+        if problem and kind in MERGED_KINDS:
+            draft.report_once(problem)
         if has_base and not relative:
             entries = (None, *models)
     if kind == "whole" and method.unfit is not None:
         unfit = method.unfit(info.shape, tensor_role(name, info.shape), settings.parameters)
-        if unfit and unfit not in {problem.problem for problem in draft.problems}:
-            draft.problems.append(RecipeError(unfit, tensor=name))
+        if unfit:
+            draft.report_once(RecipeError(unfit, tensor=name))
     if kind in ("copy", "convert"):  # an adapter that leaves a tensor alone does not hold it
         entries = tuple(e if v.touches(name) else None for v, e in zip(views, entries, strict=True))
     pairs = list(zip(views, entries, strict=True))

@@ -51,6 +51,11 @@ class Draft:
     convention: OftConvention | None = None
     changes: tuple[AdapterUpdates | None, ...] | None = None
 
+    def report_once(self, problem: OrthoMergeError) -> None:
+        """Add a problem of settings, which every tensor has alike, for the first of them only."""
+        if problem.problem not in {known.problem for known in self.problems}:
+            self.problems.append(problem)
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
