@@ -22,6 +22,7 @@ from orthomerge.errors import NumericalError
 from orthomerge.linalg.checks import frobenius, require_finite
 from orthomerge.linalg.logarithms import exp_so, principal_log
 from orthomerge.linalg.means import weight_shares
+from orthomerge.linalg.polar_factors import polar_factor
 from orthomerge.linalg.precision import full_precision, working_dtype
 
 __all__ = ["ProcrustesMeanReport", "procrustes_mean"]
@@ -169,7 +170,7 @@ class _Fit:
         """Fit one pair, M [g, b, b]; raise the anchor of blocks near a half turn, then give up."""
         anchors = M.new_full((M.shape[0], 1, 1), self.anchor)
         for attempt in range(_RAISES + 1):
-            R = _polar(M + anchors * self.eye)
+            R, _ = polar_factor(M + anchors * self.eye, "svd")
             L, angle = principal_log(R)
             bad = (angle > math.pi - _MARGIN)[:, None, None]
             if not bool(bad.any()):
@@ -196,7 +197,7 @@ class _Fit:
 
     def _step(self, M: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         """Return ``polar(M + lambda R)``, but R in blocks where one of them is near a half turn."""
-        new = torch.stack([_polar(m + self.anchor * r) for m, r in zip(M, R, strict=True)])
+        new, _ = polar_factor(M + self.anchor * R, "svd")
         bad = (principal_log(new)[1] > math.pi - _MARGIN).any(dim=0)[:, None, None]
         self.held = self.held | bad
         return torch.where(self.held, R, new)
@@ -225,12 +226,6 @@ def _report(fit: _Fit, converged: bool, used: list[int], count: int) -> Procrust
         angles[i], rotational[i] = angle, share
     counts = (fit.raised, fit.unrotated, int(fit.held.sum()))
     return ProcrustesMeanReport(fit.sweeps, converged, tuple(angles), tuple(rotational), *counts)
-
-
-def _polar(M: torch.Tensor) -> torch.Tensor:
-    U, _, Vh = torch.linalg.svd(M)
-    R: torch.Tensor = U @ Vh
-    return R
 
 
 def _weighted(X: torch.Tensor, shares: list[float]) -> torch.Tensor:
