@@ -9,8 +9,6 @@ import sys
 
 import pytest
 import torch
-from orthomerge_cli.main import app
-from orthomerge_cli.session import run_guarded
 from safetensors.torch import load_file, save_file
 
 
@@ -23,18 +21,6 @@ def files(tmp_path, monkeypatch):
         tensors = {f"layers.{i}.w": torch.randn(6, 4, generator=generator) for i in range(2)}
         save_file(tensors, tmp_path / f"{name}.safetensors", {"format": "pt"})
     return tmp_path
-
-
-@pytest.fixture
-def run(capfd):
-    """Run the command line in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        code = run_guarded(app, [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_merge_of_two_files_needs_nothing_else(files, run) -> None:

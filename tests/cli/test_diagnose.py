@@ -7,21 +7,7 @@ import sys
 
 import pytest
 import torch
-from orthomerge_cli.main import app
-from orthomerge_cli.session import run_guarded
 from safetensors.torch import save_file
-
-
-@pytest.fixture
-def run(capfd):
-    """Run the command line in this process; return (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        code = run_guarded(app, [str(argument) for argument in arguments])
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
