@@ -67,22 +67,6 @@ def exactness_table(result: Mapping[str, Any]) -> list[str]:
     return rows
 
 
-def circumstances(result: Mapping[str, Any]) -> list[str]:
-    """Return where, when with what, and by which command the numbers were made."""
-    machine, inputs = result["machine"], result["inputs"]
-    known = [f"{key.replace('_', ' ')} {value}" for key, value in machine.items()]
-    tools = {**result["versions"], **(result["mergekit_versions"] or {})}
-    megabytes = inputs["bytes_per_model"] / 1e6
-    return [
-        f"* Inputs: {inputs['models']} models of {inputs['parameters_per_model']:,} parameters, "
-        f"{megabytes:.1f} MB each in bf16; {result['rounds']} rounds after a warm-up.",
-        f"* Machine: {'; '.join(known)}.",
-        f"* Versions: {', '.join(f'{name} {version}' for name, version in tools.items())}.",
-        f"* Command: `{result['command']}`.",
-        *(f"* {note}" for note in result["notes"]),
-    ]
-
-
 def finetune_table(result: Mapping[str, Any]) -> list[str]:
     """Return one row per pair of real checkpoints and anchor."""
     rows = [
@@ -168,15 +152,21 @@ def decoupled_table(result: Mapping[str, Any]) -> list[str]:
 
 
 def made_by(result: Mapping[str, Any]) -> list[str]:
-    """Return where and by which command a result was made."""
+    """Return from what, where, with what and by which command a result was made."""
+    inputs, notes = result.get("inputs"), result.get("notes", [])
     known = [f"{key.replace('_', ' ')} {value}" for key, value in result["machine"].items()]
-    tools = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     threads = f"; {result['threads']} thread(s) of torch" if "threads" in result else ""
-    return [
+    tools = {**result["versions"], **(result.get("mergekit_versions") or {})}
+    lines = [
         f"* Machine: {'; '.join(known)}{threads}; {result['rounds']} round(s).",
-        f"* Versions: {tools}.",
+        f"* Versions: {', '.join(f'{name} {version}' for name, version in tools.items())}.",
         f"* Command: `{result['command']}`.",
+        *(f"* {note}" for note in notes),
     ]
+    if inputs is None:
+        return lines
+    models = f"{inputs['models']} models of {inputs['parameters_per_model']:,} parameters"
+    return [f"* Inputs: {models}, {inputs['bytes_per_model'] / 1e6:.1f} MB each in bf16.", *lines]
 
 
 def _ratio(facts: Mapping[str, Any], prefix: str) -> str:
@@ -188,7 +178,7 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "speed": ("merge_speed.json", speed_table),
     "targets": ("merge_speed.json", target_table),
     "exactness": ("merge_exactness.json", exactness_table),
-    "circumstances": ("merge_speed.json", circumstances),
+    "circumstances": ("merge_speed.json", made_by),
     "geometry-layers": ("geometry.json", layer_table),
     "geometry-polar": ("geometry.json", polar_table),
     "geometry-made-by": ("geometry.json", made_by),
