@@ -71,7 +71,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
 
 
 def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
-    """Read every model's factors; a module that a model lacks is a change of rank 0, or left out."""
+    """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters = _adapters(context)
     modules = [join_lora(_module_name(task), adapters) for task in tasks]
     factors, weights = [], []
