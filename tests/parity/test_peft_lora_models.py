@@ -84,7 +84,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-FORMS = {name: ("lora", "padded", "dora", "saved") for name in MODELS}
+FORMS = dict.fromkeys(MODELS, ("lora", "padded", "dora", "saved"))
 FORMS["bert"] += ("bias",)  # Llama has none to add to
 
 
