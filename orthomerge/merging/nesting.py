@@ -15,7 +15,9 @@ from orthomerge.merging.spaces import Space
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["nested_method", "run_nested"]
+    from orthomerge.merging.draws import Draws
+
+__all__ = ["nested_method", "run_nested", "unfit_nested"]
 
 
 def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +43,14 @@ def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": method.name, **filled}
 
 
+def unfit_nested(choice: Mapping[str, Any] | None, shape: tuple[int, ...], role: str) -> str | None:
+    """Return why the method that a nested parameter names cannot merge a tensor, or None."""
+    method = get_method(choice["method"]) if choice else None
+    if choice is None or method is None or method.unfit is None:
+        return None
+    return method.unfit(shape, role, {key: choice[key] for key in method.parameters})
+
+
 def run_nested(
     choice: Mapping[str, Any],
     base: Tensor,
@@ -49,6 +59,7 @@ def run_nested(
     weights: Sequence[float],
     role: str,
     survey: Any = None,
+    draws: Draws | None = None,
 ) -> Tensor:
     """Merge whole tensors with the method a nested parameter names.
 
@@ -59,6 +70,7 @@ def run_nested(
         weights: One per model.
         role: What the tensor is in the model.
         survey: The method's survey of the whole model; None to look at these tensors alone.
+        draws: The outer method's random numbers, for a method that draws.
     """
     from orthomerge.merging.streams import HeldStream
 
@@ -67,5 +79,8 @@ def run_nested(
     if method.survey is not None and survey is None:
         streams = [HeldStream(delta) for delta in deltas]
         survey = method.survey(streams, weights=weights, **arguments)
-    merged = method.call(base, deltas, weights=weights, survey=survey, role=role, **arguments)
+    supplied = {"weights": weights, "survey": survey, "role": role}
+    if draws is not None:
+        supplied["draws"] = draws.by(method.name)
+    merged = method.call(base, deltas, **supplied, **arguments)
     return merged.tensor

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 
 _ENTRY_POINTS = "orthomerge.merge_methods"
-_SUPPLIED = {"weights", "survey", "role"}
+_SUPPLIED = {"weights", "survey", "role", "draws"}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REGISTRY: dict[str, MergeMethod] = {}
 
@@ -35,6 +35,7 @@ LAWS: dict[str, str] = {
     "idempotent": "identical models give that model",
     "permutation": "the order of the models does not matter",
     "scale-equivariance": "scaling all inputs scales the output",
+    "additive": "the update W - W_0 does not depend on the base, whatever the parameters",
 }
 
 
@@ -116,19 +117,38 @@ class MergeMethod:
         """Whether it takes one weight per model."""
         return "weights" in self._arguments
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, or runs a method that may."""
+        return "draws" in self._arguments
+
     def call(self, *tensors: Any, **arguments: Any) -> Merged:
-        """Call the function with those of weights, survey and role that it takes."""
+        """Call the function with those of weights, survey, role and draws that it takes.
+
+        Raises:
+            TypeError: It draws random numbers and got none.
+        """
         given = {
             name: value
             for name, value in arguments.items()
             if name not in _SUPPLIED or name in self._arguments
         }
+        if self._must_draw and given.get("draws") is None:
+            raise TypeError(f"{self.name} draws random numbers: pass draws=Draws(...)")
         result = self.function(*tensors, **given)
         return result if isinstance(result, Merged) else Merged(result)
 
     @functools.cached_property
     def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.function).parameters)
+        return frozenset(self._signature)
+
+    @functools.cached_property
+    def _signature(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @property
+    def _must_draw(self) -> bool:
+        return self.is_random and self._signature["draws"].default is inspect.Parameter.empty
 
     def needs_weight_sum(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether weights that sum to zero are an error at these parameters."""
@@ -171,7 +191,8 @@ def merge_method(
     its inputs. In WEIGHT and DELTA space it is called on pieces of a tensor, so entry j of its
     result may depend only on entry j of its inputs and on what ``survey`` found; with ``whole`` it
     is called once per tensor, with all of it in its shape and, if it asks, with ``role``: what the
-    tensor is in the model. In ROTATION space it is called once per module.
+    tensor is in the model. In ROTATION space it is called once per module. A method that asks for
+    ``draws`` gets ``Draws``: random numbers that depend on the entry, not on the piece it is in.
 
     The other arguments are the fields of ``MergeMethod``, which documents them.
     """

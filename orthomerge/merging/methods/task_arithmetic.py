@@ -18,7 +18,7 @@ __all__ = ["task_arithmetic"]
     "task-arithmetic",
     space=Space.DELTA,
     reference="arXiv:2212.04089",
-    laws=("identity", "permutation", "scale-equivariance"),
+    laws=("identity", "permutation", "scale-equivariance", "additive"),
     divides_by_weight_sum="normalize",
 )
 def task_arithmetic(
