@@ -33,11 +33,13 @@ class _Inputs:
         modules: What each task merges.
         factors: One per model that takes part; with a leading axis of modules for a batch.
         weights: One per model that takes part.
+        positions: Which models those are.
     """
 
     modules: list[JoinedLora]
     factors: list[Factors]
     weights: list[float]
+    positions: list[int]
 
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
@@ -50,6 +52,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             inputs.factors,
             weights=inputs.weights,
             survey=context.survey,
+            draws=context.draws(tasks[0], inputs.positions),
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -74,15 +77,14 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters = _adapters(context)
     modules = [join_lora(_module_name(task), adapters) for task in tasks]
-    factors, weights = [], []
-    for at, weight in enumerate(tasks[0].weights):
-        if modules[0].parts[at] is None and context.plan.request.absent == "skip":
-            continue
+    skip = context.plan.request.absent == "skip"
+    here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
+    factors = []
+    for at in here:
         parts = [_factors(adapters[at], module, at, context) for module in modules]
         whole = parts[0] if len(parts) == 1 else _stacked(parts)
         factors.append(whole.to(device=context.device))
-        weights.append(weight)
-    return _Inputs(modules, factors, weights)
+    return _Inputs(modules, factors, [tasks[0].weights[at] for at in here], here)
 
 
 def _factors(adapter: LoraAdapter, module: JoinedLora, at: int, context: Context) -> Factors:

@@ -6,7 +6,7 @@ in full weights, unless the request says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from orthomerge.adapters.config import CONFIG_NAME
@@ -108,6 +108,8 @@ def _factors_task(
     problem = weight_sum_problem(method, settings, present, module.name)
     draft.problems += [problem] if problem else []
     info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
+    # A nested method sees one module at a time, with random numbers of its own.
+    alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
     shape = module.kind, module.rows, module.columns, module.ranks, info.shape, info.dtype
     return Task(
         info=info,
@@ -123,7 +125,7 @@ def _factors_task(
             for key in (part.keys if part else ())
         ),
         partners=tuple(partners),
-        batch=(shape, settings.weights, repr(settings.parameters)) if method.batched else None,
+        batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
     )
 
 
