@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from orthomerge.linalg.checks import frobenius, orthogonality, require_finite, skewness
     from orthomerge.linalg.devices import require_device
     from orthomerge.linalg.energy import EnergyReport, hyperspherical_energy
+    from orthomerge.linalg.factors import (
+        Factors,
+        balanced,
+        concatenated,
+        gram,
+        singular_values,
+        truncated,
+    )
     from orthomerge.linalg.logarithms import (
         cayley_angles,
         cayley_from_log,
@@ -46,6 +54,7 @@ __all__ = [
     "AlgebraSum",
     "Correction",
     "EnergyReport",
+    "Factors",
     "KarcherReport",
     "PlanesReport",
     "PolarMethod",
@@ -57,14 +66,17 @@ __all__ = [
     "align_blocks",
     "apply_cayley",
     "automatic_anchor",
+    "balanced",
     "block_size",
     "cayley",
     "cayley_angles",
     "cayley_from_log",
     "cayley_neumann",
+    "concatenated",
     "exp_so",
     "frobenius",
     "full_precision",
+    "gram",
     "hyperspherical_energy",
     "inverse_cayley",
     "karcher_mean",
@@ -88,7 +100,9 @@ __all__ = [
     "rotate_columns",
     "rotation_angles",
     "rotational_limit",
+    "singular_values",
     "skewness",
+    "truncated",
     "truncated_svd",
     "unpack_skew",
 ]
@@ -114,6 +128,14 @@ _MODULES = {
     "energy": (
         "EnergyReport",
         "hyperspherical_energy",
+    ),
+    "factors": (
+        "Factors",
+        "balanced",
+        "concatenated",
+        "gram",
+        "singular_values",
+        "truncated",
     ),
     "logarithms": (
         "cayley_angles",
