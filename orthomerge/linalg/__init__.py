@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orthomerge.linalg.factors import (
         Factors,
         balanced,
+        balancing,
         concatenated,
         gram,
         singular_values,
@@ -77,6 +78,7 @@ __all__ = [
     "apply_cayley",
     "automatic_anchor",
     "balanced",
+    "balancing",
     "block_size",
     "cayley",
     "cayley_angles",
@@ -144,6 +146,7 @@ _MODULES = {
     "factors": (
         "Factors",
         "balanced",
+        "balancing",
         "concatenated",
         "gram",
         "singular_values",

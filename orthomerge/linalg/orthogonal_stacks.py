@@ -91,8 +91,7 @@ def orthogonalise_stack(
     True
     """
     G = _checked(G, sizes)
-    scale = _mean_square(G) if normalise else torch.ones_like(G[..., 0, 0])
-    N = G / scale[..., None, None]
+    N = G / (_mean_square(G) if normalise else G.new_ones(G.shape[:-2]))[..., None, None]
     taken = torch.zeros(G.shape[:-2], dtype=torch.int64, device=G.device)
     if len(sizes) < 2:
         C = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G).clone()
@@ -104,8 +103,7 @@ def orthogonalise_stack(
         C, taken = descend_gd(N, sizes, gamma, steps=steps, tolerance=tolerance, rate=rate)
     else:
         C, taken = descend_lbfgs(N, sizes, gamma, steps=steps, tolerance=tolerance)
-    off = block_mask(G, sizes)
-    return StackTransform(C, _overlap(G, off), _overlap(C @ G @ C.mT, off), _drift(C, G), taken)
+    return _reported(C, G, sizes, taken)
 
 
 @full_precision()
@@ -141,10 +139,17 @@ def mean_principal_cosine(G: Tensor, sizes: Sequence[int], above: float = 0.0) -
     if not bool((bound > above).any()):
         return bound
     total = torch.zeros_like(bound)
-    parts = whitened.split(list(sizes), -2)
+    parts = torch.split(whitened, list(sizes), -2)
     for i, j in pairs:
-        total = total + torch.linalg.svdvals(parts[i].split(list(sizes), -1)[j]).sum(-1)
+        cosines = torch.linalg.svdvals(torch.split(parts[i], list(sizes), -1)[j])
+        total = total + cosines.sum(-1)
     return torch.where(bound > above, total / count, bound)
+
+
+def _reported(C: Tensor, G: Tensor, sizes: Sequence[int], steps: Tensor) -> StackTransform:
+    off = block_mask(G, sizes)
+    K = C @ G @ C.mT
+    return StackTransform(C, _overlap(G, off), _overlap(K, off), _drift(C, G), steps)
 
 
 def _lowdin(G: Tensor, sizes: Sequence[int], strength: float, null: float) -> Tensor:
@@ -171,7 +176,8 @@ def _power(S: Tensor, exponent: float, null: float) -> Tensor:
     values, vectors = torch.linalg.eigh(S)
     kept = values > null * values[..., -1:].clamp(min=torch.finfo(S.dtype).tiny)
     powers = torch.where(kept, values, 1.0) ** exponent * kept
-    return (vectors * powers[..., None, :]) @ vectors.mT
+    power: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
+    return power
 
 
 def _block_powers(G: Tensor, sizes: Sequence[int], exponent: float, null: float) -> Tensor:
@@ -183,8 +189,8 @@ def _block_powers(G: Tensor, sizes: Sequence[int], exponent: float, null: float)
 
 
 def _diagonal(X: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    rows = X.split(list(sizes), -2)
-    return [row.split(list(sizes), -1)[at] for at, row in enumerate(rows)]
+    rows = torch.split(X, list(sizes), -2)
+    return [torch.split(row, list(sizes), -1)[at] for at, row in enumerate(rows)]
 
 
 def _overlap(K: Tensor, off: Tensor) -> Tensor:

@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orthomerge.errors import NumericalError
-from orthomerge.linalg import Factors, balanced, concatenated, singular_values, truncated
+from orthomerge.linalg import (
+    Factors,
+    balanced,
+    balancing,
+    concatenated,
+    singular_values,
+    truncated,
+)
 
 DTYPES = (torch.float32, torch.float64)
 sizes = st.integers(1, 12)
@@ -137,6 +144,32 @@ def test_factors_of_very_different_scales_lose_nothing(dtype) -> None:
     np.testing.assert_allclose(product(balanced(G)), product(F), atol=10 * tolerance)
     wanted = np.linalg.svd(product(F), compute_uv=False)[:4]
     np.testing.assert_allclose(singular_values(G).numpy(), wanted, rtol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(3, 12), st.integers(3, 12), st.integers(1, 3), seeds)
+def test_balancing_from_gram_matrices_is_balancing(o, n, r, seed) -> None:
+    F = factors(o, n, r, seed=seed)
+    F.A[0] *= 1e4  # columns and rows of very different lengths
+    F.B[:, 0] *= 1e-3
+    X, Y, S = balancing(F.B.mT @ F.B, F.A @ F.A.mT)
+    found = Factors(F.B @ X, Y @ F.A)
+    size = np.linalg.norm(product(F), 2)
+    np.testing.assert_allclose(product(found), product(F), atol=1e-10 * size)
+    np.testing.assert_allclose((found.B.mT @ found.B).numpy(), np.diag(S), atol=1e-6 * size)
+    np.testing.assert_allclose((found.A @ found.A.mT).numpy(), np.diag(S), atol=1e-6 * size)
+    wanted = np.linalg.svd(product(F), compute_uv=False)[:r]
+    np.testing.assert_allclose(S.numpy(), wanted, atol=1e-8 * size)
+
+
+def test_balancing_drops_what_gram_matrices_do_not_resolve() -> None:
+    F = factors(8, 7, 2)
+    twice = concatenated([F, F])
+    X, Y, S = balancing(twice.B.mT @ twice.B, twice.A @ twice.A.mT)
+    assert not S[2:].any()
+    assert not X[:, 2:].any()
+    assert not Y[2:].any()
+    torch.testing.assert_close(twice.B @ X @ Y @ twice.A, 2 * F.dense(), atol=1e-8, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
