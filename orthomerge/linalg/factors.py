@@ -216,8 +216,9 @@ def gram(X: Tensor) -> Tensor:
 def balancing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what balances factors, from their Gram matrices alone.
 
-    ``B' = B X`` and ``A' = Y A`` are ``balanced``'s, with zeros where B A has a lower rank: singular
-    values below 1e-7 ``Σ ||b_k|| ||a_k||`` are dropped, as Gram matrices do not resolve them.
+    ``B' = B X`` and ``A' = Y A`` are ``balanced``'s, with zeros where B A has a lower rank:
+    singular values below 1e-7 ``Σ ||b_k|| ||a_k||`` are dropped, as Gram matrices do not resolve
+    them.
 
     Args:
         left: ``B^T B`` [..., r, r] in float64.
@@ -228,7 +229,7 @@ def balancing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     >>> X, Y, S = balancing(torch.eye(1).double() * 64, torch.eye(1).double() / 4)
     >>> float(X.abs()), float(Y.abs()), float(S)
-    (0.5, 2.0, 4.0)
+    (0.25, 4.0, 4.0)
     """
     core = _decomposed(_gram_root(left), _gram_root(right), _BY_GRAM, left.shape[-1])
     return *core.halves(left.shape[-1]), core.values
