@@ -86,6 +86,14 @@ class Factors:
         """Return the factors in another dtype or on another device."""
         return Factors(self.B.to(device, dtype), self.A.to(device, dtype))
 
+    def padded(self, rank: int) -> Factors:
+        """Return the same matrix with zeros up to an inner dimension."""
+        more = rank - self.rank
+        if more <= 0:
+            return self
+        pad = torch.nn.functional.pad
+        return Factors(pad(self.B, (0, more)), pad(self.A, (0, 0, 0, more)))
+
     def norm(self) -> Tensor:
         """Return ``||B A||_F`` [...] in float64, resolved to about 1e-8 of ``||B|| ||A||``.
 

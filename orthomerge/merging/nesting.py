@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import RecipeError, UnknownNameError
-from orthomerge.merging.registry import all_methods, get_method
+from orthomerge.merging.registry import MergeMethod, all_methods, get_method
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
@@ -18,18 +18,26 @@ if TYPE_CHECKING:
 __all__ = ["nested_method", "run_nested"]
 
 
-def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def nested_method(
+    parameter: str, value: Mapping[str, Any], space: Space = Space.DELTA
+) -> dict[str, Any]:
     """Return ``{"method": name, parameter: value, ...}`` with every parameter filled in.
+
+    Args:
+        parameter: The outer method's parameter, for messages.
+        value: What was given for it.
+        space: What the outer method hands on: changes of weights, or low-rank factors.
 
     Raises:
         UnknownNameError: No such method, or no such parameter of it.
         RecipeError: The method does not merge task vectors, or a value is out of range.
     """
     method = get_method(value["method"])
-    legal = [m.name for m in all_methods().values() if m.space is Space.DELTA and not m.nests]
+    legal = [name for name, known in all_methods().items() if _fits(known, space)]
     if method.name not in legal:
+        what = "task vectors" if space is Space.DELTA else "low-rank factors"
         raise RecipeError(
-            f"parameter '{parameter}' needs a method that merges task vectors",
+            f"parameter '{parameter}' needs a method that merges {what}",
             expected=" | ".join(legal),
             found=method.name,
         )
@@ -41,6 +49,13 @@ def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": method.name, **filled}
 
 
+def _fits(method: MergeMethod, space: Space) -> bool:
+    task_vectors = method.space is Space.DELTA and not method.nests
+    if space is Space.DELTA:
+        return task_vectors
+    return method.factors is not None or (task_vectors and "additive" in method.laws)
+
+
 def run_nested(
     choice: Mapping[str, Any],
     base: Tensor,
@@ -49,6 +64,7 @@ def run_nested(
     weights: Sequence[float],
     role: str,
     survey: Any = None,
+    draws: Any = None,
 ) -> Tensor:
     """Merge whole tensors with the method a nested parameter names.
 
@@ -59,6 +75,7 @@ def run_nested(
         weights: One per model.
         role: What the tensor is in the model.
         survey: The method's survey of the whole model; None to look at these tensors alone.
+        draws: Random numbers, for a method that needs them.
     """
     from orthomerge.merging.streams import HeldStream
 
@@ -67,5 +84,6 @@ def run_nested(
     if method.survey is not None and survey is None:
         streams = [HeldStream(delta) for delta in deltas]
         survey = method.survey(streams, weights=weights, **arguments)
-    merged = method.call(base, deltas, weights=weights, survey=survey, role=role, **arguments)
-    return merged.tensor
+    given = {"weights": weights, "survey": survey, "draws": draws, "role": role, **arguments}
+    merged: Tensor = method.call(base, deltas, **given).tensor
+    return merged

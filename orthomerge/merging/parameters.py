@@ -17,8 +17,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from orthomerge.errors import RecipeError
+from orthomerge.merging.spaces import Space
 
-__all__ = ["Between", "Density", "NestedMethod", "Parameter", "declared_parameters"]
+__all__ = [
+    "Between",
+    "Density",
+    "NestedLoraMethod",
+    "NestedMethod",
+    "Parameter",
+    "declared_parameters",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +51,19 @@ class Between:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+@dataclass(frozen=True, slots=True)
 class _Nested:
     """Marks a parameter whose value names another method, with that method's parameters."""
+
+    space: Space = Space.DELTA
 
 
 #: Another method of DELTA space, as its name or as ``{method: name, parameter: value, ...}``; None
 #: lets the outer method decide. The function gets the mapping with every parameter filled in.
 NestedMethod = Annotated[Mapping[str, Any] | None, _Nested()]
+
+#: Likewise, a method that can merge low-rank factors.
+NestedLoraMethod = Annotated[Mapping[str, Any] | None, _Nested(Space.FACTORS)]
 
 #: The kept fraction of a task vector's entries.
 Density = Annotated[float, Between(0, 1, open_low=True)]
@@ -76,6 +90,7 @@ class Parameter:
         bounds: Allowed range, for a number.
         help: One line from the method's docstring.
         optional: Whether null may be given, which lets the method decide.
+        nested_space: What a nested method must merge.
     """
 
     name: str
@@ -85,6 +100,7 @@ class Parameter:
     bounds: Between | None = None
     help: str = ""
     optional: bool = False
+    nested_space: Space = Space.DELTA
 
     @property
     def allowed(self) -> str:
@@ -116,7 +132,7 @@ class Parameter:
             value = {"method": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
             raise self._refusal(value)
-        return nested_method(self.name, value)
+        return nested_method(self.name, value, self.nested_space)
 
     def _convert(self, value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -174,7 +190,10 @@ def _parameter(
     if kind not in _KINDS or argument.default is argument.empty:
         raise TypeError(f"parameter '{argument.name}' needs a plain type and a default")
     help_line = help_lines.get(argument.name, "")
-    return Parameter(argument.name, kind, argument.default, choices, bounds, help_line, optional)
+    space = nested.space if nested else Space.DELTA
+    return Parameter(
+        argument.name, kind, argument.default, choices, bounds, help_line, optional, space
+    )
 
 
 def _without_none(annotation: Any) -> tuple[Any, bool]:

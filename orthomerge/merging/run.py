@@ -16,6 +16,7 @@ from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
+from orthomerge.merging.settling import settled
 
 if TYPE_CHECKING:
     import torch
@@ -78,8 +79,10 @@ def run_plan(
     """
     started = time.monotonic()
     require_device(plan.request.device)
+    plan = settled(plan)
     if plan.request.output is None:
-        memory = MemoryWriter({task.name: task.info for task in plan.tasks})
+        outputs = [info for task in plan.tasks for info in task.outputs]
+        memory = MemoryWriter({info.name: info for info in outputs})
         details = execute(plan, memory, advance=advance)
         _check_inputs(plan)
         elapsed = time.monotonic() - started

@@ -35,7 +35,7 @@ def _thresholds(streams: Sequence[TensorStream], *, density: float, **_: Any) ->
     space=Space.DELTA,
     reference="arXiv:2306.01708",
     survey=_thresholds,
-    laws=("permutation", "scale-equivariance"),
+    laws=("permutation", "scale-equivariance", "additive"),
 )
 def ties(
     base: Tensor,

@@ -26,7 +26,7 @@ def workspace(shape: tuple[int, ...], models: int) -> int:
     "tsv-m",
     space=Space.DELTA,
     reference="arXiv:2412.00081",
-    laws=("identity", "permutation", "scale-equivariance"),
+    laws=("identity", "permutation", "scale-equivariance", "additive"),
     whole=True,
     workspace=workspace,
 )
