@@ -154,12 +154,13 @@ def _write(
     merged = merged.scaled(context.factor)
     if context.plan.lora is None:
         assert inputs.base is not None
-        write_weight(task, context, inputs.base, merged, scales)
+        written = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item()
     else:
-        facts |= _write_adapter(task, module, inputs.base, merged, scales, context)
+        stored, kept = _write_adapter(task, module, inputs.base, merged, scales, context)
+        written, facts = stored.norm().item(), {**facts, **kept}
     digests = _digests(module, inputs.base, context)
-    return {"digests": digests, "facts": facts}
+    return {"digests": digests, "facts": facts, "written_norm": written}
 
 
 def _write_adapter(
@@ -169,8 +170,8 @@ def _write_adapter(
     merged: Factors,
     scales: Tensor | None,
     context: Context,
-) -> dict[str, Any]:
-    """Bring the product to its rank and write its tensors; return what was kept and lost."""
+) -> tuple[Factors, dict[str, Any]]:
+    """Bring the product to its rank and write it; return what was written, kept and lost."""
     assert context.plan.lora is not None
     rank, whole = task.info.shape[0], merged.norm().item()
     kept = (truncated(merged, rank) if merged.rank > rank else merged).padded(rank)
@@ -195,7 +196,7 @@ def _write_adapter(
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
     energy = min(1.0, (norm / whole) ** 2) if whole else 1.0
-    return {"rank": rank, "energy": energy, "norm": norm}
+    return kept, {"rank": rank, "energy": energy, "norm": norm}
 
 
 def _with_magnitudes(
