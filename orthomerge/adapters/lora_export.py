@@ -258,13 +258,7 @@ def lora_config(
     >>> config["r"], config["lora_alpha"], config["rank_pattern"]
     (2, 2, {'^a\\\\.v': 3})
     """
-    if not ranks or min(ranks.values()) < 1:
-        raise AdapterError(
-            "a LoRA adapter needs modules of rank 1 or more",
-            found=", ".join(f"{name}: {rank}" for name, rank in list(ranks.items())[:4]) or "none",
-        )
-    if dora and lora_bias:
-        raise AdapterError(_NO_BIAS, remedy="Add the biases to the base's instead.")
+    _check_config(ranks, dora and lora_bias)
     counts = Counter(ranks.values())
     usual = max(counts, key=lambda rank: (counts[rank], -rank))
     # PEFT lets anything ending in a dot stand before a pattern; the anchor forbids it.
@@ -286,3 +280,13 @@ def lora_config(
         "task_type": task_type,
         "use_dora": dora,
     }
+
+
+def _check_config(ranks: Mapping[str, int], biased_dora: bool) -> None:
+    if not ranks or min(ranks.values()) < 1:
+        raise AdapterError(
+            "a LoRA adapter needs modules of rank 1 or more",
+            found=", ".join(f"{name}: {rank}" for name, rank in list(ranks.items())[:4]) or "none",
+        )
+    if biased_dora:
+        raise AdapterError(_NO_BIAS, remedy="Add the biases to the base's instead.")
