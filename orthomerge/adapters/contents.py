@@ -16,7 +16,7 @@ from orthomerge.errors import AdapterError, OrthoMergeError, combined
 if TYPE_CHECKING:
     from orthomerge.checkpoints.header import TensorInfo
 
-__all__ = ["FLOATS", "Contents", "build_modules", "malformed", "read_contents"]
+__all__ = ["DAMAGED", "FLOATS", "Contents", "build_modules", "malformed", "read_contents"]
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # Prefixes of the parameters that adapters of any kind have.
@@ -24,6 +24,8 @@ _PARAMETER = re.compile(
     r"(?:ada)?lora_|boft_|hra_|ia3_|vera_|hada_|lokr_|vblora_|ln_tuning_|fourierft_|oft_"
 )
 _Module = TypeVar("_Module")
+#: What to do with tensors that PEFT cannot have written.
+DAMAGED = "The adapter is damaged or was edited; save it again with PEFT."
 
 
 @dataclass
@@ -132,14 +134,19 @@ def build_modules(
 
 
 def malformed(
-    origin: str, info: TensorInfo, problem: str, expected: object, found: object
+    origin: str,
+    info: TensorInfo,
+    problem: str,
+    expected: object,
+    found: object,
+    remedy: str = DAMAGED,
 ) -> AdapterError:
-    """Return the error of a tensor that PEFT cannot have written."""
+    """Return the error of a tensor that PEFT, or whatever wrote the file, cannot have written."""
     return AdapterError(
         problem,
         file=origin,
         tensor=info.name,
         expected=expected,
         found=found,
-        remedy="The adapter is damaged or was edited; save it again with PEFT.",
+        remedy=remedy,
     )

@@ -1,6 +1,6 @@
 """Recognise what a checkpoint is by its content: a full model, or an adapter and of which kind.
 
-Only tensor names and adapter_config.json are looked at.
+Only tensor names, adapter_config.json and what stands for it in formats without one are looked at.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from orthomerge.adapters.boft import BoftAdapter
 from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from orthomerge.adapters.hra import HraAdapter
 from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_files import read_lora_file
+from orthomerge.adapters.lora_styles import file_style
 from orthomerge.adapters.oft import OftAdapter
 from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.checkpoints.reader import Checkpoint
@@ -84,6 +86,9 @@ def open_source(source: CheckpointSource) -> Source:
         AdapterError: It is an adapter and its adapter_config.json is missing or contradicts it.
     """
     checkpoint = open_checkpoint(source)
+    style = file_style(checkpoint.tensors, checkpoint.metadata, file=checkpoint.origin)
+    if style in ("kohya", "diffusers") and not _is_configured(checkpoint):
+        return Source(checkpoint, "LORA", lora=read_lora_file(checkpoint, style))
     marked = _marked_kind(checkpoint)
     config = _adapter_config(checkpoint, marked)
     if config is None:
@@ -122,6 +127,13 @@ def _adapter_config(checkpoint: Checkpoint, marked: str | None) -> AdapterConfig
             remedy=f"Put its {CONFIG_NAME} into the same folder: it says how to read them.",
         )
     return None
+
+
+def _is_configured(checkpoint: Checkpoint) -> bool:
+    """Return whether PEFT named the file, and its config is there."""
+    folder = checkpoint.folder
+    has_config = folder is not None and (folder / CONFIG_NAME).is_file()
+    return has_config and _is_adapter_file(checkpoint)
 
 
 def _is_adapter_file(checkpoint: Checkpoint) -> bool:
