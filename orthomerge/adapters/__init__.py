@@ -33,6 +33,7 @@ from orthomerge.adapters.lora_files import read_lora_file
 from orthomerge.adapters.lora_keys import lora_key, saved_key, saved_modules
 from orthomerge.adapters.lora_renaming import FlattenedNames, converted_module
 from orthomerge.adapters.lora_styles import LoraStyle
+from orthomerge.adapters.memory import AdapterState, adapter_states
 from orthomerge.adapters.negation import negated
 from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.rotated import OftModule, RotationAdapter, TensorSource
@@ -44,6 +45,7 @@ __all__ = [
     "EXACT",
     "PREFIX",
     "AdapterConfig",
+    "AdapterState",
     "AdapterUpdates",
     "BackMap",
     "BoftAdapter",
@@ -60,6 +62,7 @@ __all__ = [
     "RotationAdapter",
     "TensorSource",
     "WeightUpdate",
+    "adapter_states",
     "adapter_updates",
     "adjusted_divisor",
     "apply_left_rotation",

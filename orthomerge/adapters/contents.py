@@ -16,7 +16,15 @@ from orthomerge.errors import AdapterError, OrthoMergeError, combined
 if TYPE_CHECKING:
     from orthomerge.checkpoints.header import TensorInfo
 
-__all__ = ["DAMAGED", "FLOATS", "Contents", "build_modules", "malformed", "read_contents"]
+__all__ = [
+    "DAMAGED",
+    "FLOATS",
+    "Contents",
+    "build_modules",
+    "is_parameter",
+    "malformed",
+    "read_contents",
+]
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # Prefixes of the parameters that adapters of any kind have.
@@ -101,6 +109,15 @@ def _sort(
         contents.base_copies[name.replace(".base_layer.", ".")] = info.name
     else:
         contents.others[name.replace(".base_layer.", ".")] = info.name
+
+
+def is_parameter(key: str) -> bool:
+    """Return whether a name is one of an adapter's own parameters, of whatever kind.
+
+    >>> is_parameter("a.q.lora_A.weight"), is_parameter("a.q.base_layer.bias")
+    (True, False)
+    """
+    return any(_PARAMETER.match(part) for part in key.split("."))
 
 
 def build_modules(

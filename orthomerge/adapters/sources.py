@@ -14,10 +14,12 @@ from orthomerge.adapters.hra import HraAdapter
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.lora_files import read_lora_file
 from orthomerge.adapters.lora_styles import file_style
+from orthomerge.adapters.memory import AdapterState, state_config
 from orthomerge.adapters.oft import OftAdapter
 from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.sources import CheckpointSource, open_checkpoint
+from orthomerge.checkpoints.state_dict import StateDictCheckpoint
 from orthomerge.errors import AdapterError
 
 __all__ = ["Source", "open_source", "source_files"]
@@ -78,21 +80,29 @@ class Source:
         return f"{self.kind} adapter" if parsed is None else parsed.description
 
 
-def open_source(source: CheckpointSource) -> Source:
+def open_source(source: CheckpointSource | AdapterState) -> Source:
     """Open a checkpoint and recognise its kind.
+
+    Args:
+        source: File, folder, hub name, state dict, or an adapter in memory.
 
     Raises:
         CheckpointError: It cannot be opened.
         AdapterError: It is an adapter and its adapter_config.json is missing or contradicts it.
     """
+    if isinstance(source, AdapterState):
+        checkpoint: Checkpoint = StateDictCheckpoint(source.tensors, source.name)
+        return _adapter(checkpoint, state_config(source), _marked_kind(checkpoint))
     checkpoint = open_checkpoint(source)
     style = file_style(checkpoint.tensors, checkpoint.metadata, file=checkpoint.origin)
     if style in ("kohya", "diffusers") and not _is_configured(checkpoint):
         return Source(checkpoint, "LORA", lora=read_lora_file(checkpoint, style))
     marked = _marked_kind(checkpoint)
     config = _adapter_config(checkpoint, marked)
-    if config is None:
-        return Source(checkpoint, "full")
+    return Source(checkpoint, "full") if config is None else _adapter(checkpoint, config, marked)
+
+
+def _adapter(checkpoint: Checkpoint, config: AdapterConfig, marked: str | None) -> Source:
     if marked and config.peft_type not in (marked, *_NAMESAKES.get(marked, ())):
         raise AdapterError(
             f"the config says {config.peft_type}, the tensors are those of {marked}",
