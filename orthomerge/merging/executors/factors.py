@@ -183,15 +183,16 @@ def _write_adapter(
     elif context.plan.lora.biased and module.kind != "embedding":
         bias = _bias(task, module, context)
     stored = kept.turned() if module.kind == "embedding" else kept
-    name = next(name for name in task.models if name)
+    output = context.plan.lora
     tensors = lora_tensors(
-        name,
+        output.names[next(name for name in task.models if name)],
         stored.B,
         stored.A,
         kind=module.kind,
         kernel=module.kernel,
         magnitude=magnitude,
         bias=bias,
+        style=output.style,
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
