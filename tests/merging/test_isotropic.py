@@ -128,6 +128,32 @@ def test_weak_directions_are_made_as_strong_as_the_others(method) -> None:
     np.testing.assert_allclose(found, ORACLES[method]([D], [1.0]), atol=1e-7)
 
 
+@both
+def test_directions_below_a_millionth_of_the_strongest_stay_out(method) -> None:
+    found = update(method, np.zeros((3, 3)), [np.diag([1.0, 2e-6, 3e-7])])
+    np.testing.assert_allclose(found, np.diag([1.0, 1.0, 0.0]) * (1 + 2e-6) / 2, atol=1e-12)
+
+
+def test_the_spectrum_is_flat_down_to_the_weakest_direction() -> None:
+    """The Gram matrix alone gives the weakest right vectors only nearly orthonormal."""
+    rng = np.random.default_rng(5)
+    U, V = (np.linalg.qr(rng.standard_normal((60, 60)))[0] for _ in range(2))
+    D = (U * np.logspace(0, -5.9, 60)) @ V.T
+    s = np.linalg.svd(update("iso-c", np.zeros((60, 60)), [D]))[1]
+    assert s[0] / s[-1] - 1 < 1e-8
+
+
+def test_a_task_that_the_common_directions_hold_adds_no_noise() -> None:
+    """What is left of the strong task is rounding: it has no direction of its own to give."""
+    rng = np.random.default_rng(2)
+    U, V = (np.linalg.qr(rng.standard_normal((12, 12)))[0] for _ in range(2))
+    strong, other = 10 * np.outer(U[:, 0], V[:, 0]), (U[:, 1:4] * [3, 2, 1]) @ V[:, 1:4].T
+    found = update("iso-cts", np.zeros((12, 12)), [strong, other], common=0.5)
+    s = np.linalg.svd(found)[1]
+    np.testing.assert_allclose(s[:3], (10 + 3 + 2) / 3)  # two common directions, one of the other
+    assert s[3] < 1e-9
+
+
 def test_common_directions_alone_are_iso_c() -> None:
     base, deltas = models(15, 20)
     found = update("iso-cts", base, deltas, common=1)
