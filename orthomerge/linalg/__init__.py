@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         StackTransform,
         mean_principal_cosine,
         orthogonalise_stack,
+        stack_overlap,
     )
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
@@ -116,6 +117,7 @@ __all__ = [
     "rotational_limit",
     "singular_values",
     "skewness",
+    "stack_overlap",
     "truncated",
     "truncated_svd",
     "unpack_skew",
@@ -175,6 +177,7 @@ _MODULES = {
         "StackTransform",
         "mean_principal_cosine",
         "orthogonalise_stack",
+        "stack_overlap",
     ),
     "planes": (
         "PlanesReport",

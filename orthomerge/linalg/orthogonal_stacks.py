@@ -17,7 +17,13 @@ from orthomerge.errors import NumericalError
 from orthomerge.linalg.precision import full_precision
 from orthomerge.linalg.stack_descent import block_mask, descend_gd, descend_lbfgs
 
-__all__ = ["StackSolver", "StackTransform", "mean_principal_cosine", "orthogonalise_stack"]
+__all__ = [
+    "StackSolver",
+    "StackTransform",
+    "mean_principal_cosine",
+    "orthogonalise_stack",
+    "stack_overlap",
+]
 
 StackSolver = Literal["lowdin", "ridge", "gd", "lbfgs"]
 
@@ -146,10 +152,21 @@ def mean_principal_cosine(G: Tensor, sizes: Sequence[int], above: float = 0.0) -
     return torch.where(bound > above, total / count, bound)
 
 
-def _reported(C: Tensor, G: Tensor, sizes: Sequence[int], steps: Tensor) -> StackTransform:
+def stack_overlap(G: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return how far blocks are from orthogonal, ``||off(G)||_F / ||blkdiag(G)||_F`` [...].
+
+    >>> float(stack_overlap(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), [1, 1]))
+    0.5
+    """
     off = block_mask(G, sizes)
-    K = C @ G @ C.mT
-    return StackTransform(C, _overlap(G, off), _overlap(K, off), _drift(C, G), steps)
+    inside = torch.linalg.matrix_norm(G * (1 - off))
+    ratio: Tensor = torch.linalg.matrix_norm(G * off) / torch.where(inside > 0, inside, 1.0)
+    return ratio
+
+
+def _reported(C: Tensor, G: Tensor, sizes: Sequence[int], steps: Tensor) -> StackTransform:
+    before, after = (stack_overlap(K, sizes) for K in (G, C @ G @ C.mT))
+    return StackTransform(C, before, after, _drift(C, G), steps)
 
 
 def _lowdin(G: Tensor, sizes: Sequence[int], strength: float, null: float) -> Tensor:
@@ -191,13 +208,6 @@ def _block_powers(G: Tensor, sizes: Sequence[int], exponent: float, null: float)
 def _diagonal(X: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     rows = torch.split(X, list(sizes), -2)
     return [torch.split(row, list(sizes), -1)[at] for at, row in enumerate(rows)]
-
-
-def _overlap(K: Tensor, off: Tensor) -> Tensor:
-    outside = torch.linalg.matrix_norm(K * off)
-    inside = torch.linalg.matrix_norm(K * (1 - off))
-    ratio: Tensor = outside / torch.where(inside > 0, inside, 1.0)
-    return ratio
 
 
 def _drift(C: Tensor, G: Tensor) -> Tensor:
