@@ -303,5 +303,5 @@ def _gram_root(G: Tensor) -> Tensor:
     lengths = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1.0)
     values, vectors = torch.linalg.eigh(G / (safe[..., :, None] * safe[..., None, :]))
-    R = values.clamp(min=0).sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
+    R: Tensor = values.clamp(min=0).sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
     return R

@@ -27,6 +27,7 @@ class LoraOutput:
         bounds: Rank at which each is lossless, or the most that was asked for.
         rule: How ranks are chosen; None for lossless.
         settings: What the config says beside the ranks, see ``lora_config``.
+        dora: Whether it gets DoRA's magnitudes.
     """
 
     modules: Mapping[str, JoinedLora]
@@ -34,9 +35,15 @@ class LoraOutput:
     bounds: Mapping[str, int]
     rule: RankRule | None = None
     settings: Mapping[str, str | bool | Collection[str] | None] = field(default_factory=dict)
+    dora: bool = False
+
+    @property
+    def biased(self) -> bool:
+        """Whether every module gets a bias of B, because some module of some adapter has one."""
+        return any(module.biased for module in self.modules.values())
 
     def infos(self, name: str, rank: int) -> tuple[TensorInfo, ...]:
-        """Return the stored tensors of one module: A, B and, if it has one, B's bias."""
+        """Return the stored tensors of one module: A, B and, if wanted, magnitudes or a bias."""
         module, dtype = self.modules[name], self.dtypes[name]
         A = (rank, *module.first.shape) if module.kind == "conv" else (rank, module.columns)
         B = (module.rows, rank, *[1] * len(module.kernel))
@@ -44,8 +51,11 @@ class LoraOutput:
             TensorInfo(lora_key(name, "A", module.kind), dtype, A),
             TensorInfo(lora_key(name, "B", module.kind), dtype, B),
         ]
-        if module.biased:
-            infos.append(TensorInfo(infos[1].name.replace(".weight", ".bias"), dtype, B[:1]))
+        if self.dora:
+            m = (1, module.rows, *B[2:]) if module.kind == "conv" else (module.rows,)
+            infos.append(TensorInfo(lora_key(name, "magnitude", module.kind), dtype, m))
+        if self.biased and module.kind != "embedding":
+            infos.append(TensorInfo(lora_key(name, "bias", module.kind), dtype, B[:1]))
         return tuple(infos)
 
     def cost(self, name: str) -> int:
@@ -54,6 +64,10 @@ class LoraOutput:
 
     def config_text(self, ranks: Mapping[str, int]) -> str:
         """Return the text of ``adapter_config.json``."""
-        config = lora_config(ranks, **self.settings)  # type: ignore[arg-type]
-        config["lora_bias"] = any(module.biased for module in self.modules.values())
+        config = lora_config(
+            ranks,
+            dora=self.dora,
+            lora_bias=self.biased,
+            **self.settings,  # type: ignore[arg-type]
+        )
         return json.dumps(config, indent=2) + "\n"

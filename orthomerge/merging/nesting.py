@@ -15,7 +15,9 @@ from orthomerge.merging.spaces import Space
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["nested_method", "run_nested"]
+    from orthomerge.merging.draws import Draws
+
+__all__ = ["nested_method", "run_nested", "unfit_nested"]
 
 
 def nested_method(
@@ -56,6 +58,14 @@ def _fits(method: MergeMethod, space: Space) -> bool:
     return method.factors is not None or (task_vectors and "additive" in method.laws)
 
 
+def unfit_nested(choice: Mapping[str, Any] | None, shape: tuple[int, ...], role: str) -> str | None:
+    """Return why the method that a nested parameter names cannot merge a tensor, or None."""
+    method = get_method(choice["method"]) if choice else None
+    if choice is None or method is None or method.unfit is None:
+        return None
+    return method.unfit(shape, role, {key: choice[key] for key in method.parameters})
+
+
 def run_nested(
     choice: Mapping[str, Any],
     base: Tensor,
@@ -64,7 +74,7 @@ def run_nested(
     weights: Sequence[float],
     role: str,
     survey: Any = None,
-    draws: Any = None,
+    draws: Draws | None = None,
 ) -> Tensor:
     """Merge whole tensors with the method a nested parameter names.
 
@@ -75,7 +85,7 @@ def run_nested(
         weights: One per model.
         role: What the tensor is in the model.
         survey: The method's survey of the whole model; None to look at these tensors alone.
-        draws: Random numbers, for a method that needs them.
+        draws: The outer method's random numbers, for a method that draws.
     """
     from orthomerge.merging.streams import HeldStream
 
@@ -84,6 +94,8 @@ def run_nested(
     if method.survey is not None and survey is None:
         streams = [HeldStream(delta) for delta in deltas]
         survey = method.survey(streams, weights=weights, **arguments)
-    given = {"weights": weights, "survey": survey, "draws": draws, "role": role, **arguments}
-    merged: Tensor = method.call(base, deltas, **given).tensor
+    supplied = {"weights": weights, "survey": survey, "role": role}
+    if draws is not None:
+        supplied["draws"] = draws.by(method.name)
+    merged: Tensor = method.call(base, deltas, **supplied, **arguments).tensor
     return merged

@@ -16,6 +16,7 @@ from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
 from orthomerge.checkpoints.sources import CheckpointSource
+from orthomerge.merging.draws import model_keys
 from orthomerge.merging.ranks import RankRule
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.version import __version__
@@ -203,6 +204,11 @@ class Plan:
         return tuple(t for t in self.tasks if t.kind in MERGED_KINDS and t.method is None)
 
     @property
+    def model_keys(self) -> tuple[str, ...]:
+        """What tells the models' random numbers apart."""
+        return model_keys(model.origin for model in self.models)
+
+    @property
     def read_bytes(self) -> int:
         """Input bytes that are read."""
         return sum(task.read_bytes for task in self.tasks)
@@ -235,6 +241,7 @@ class Plan:
             "piece_elements": self.piece_elements,
             "convention": repr(self.convention),
             "seed": self.request.seed,
+            "drawn_for": self.model_keys if self.method.is_random else None,
             "norm_matched": self.request.norm_matched,
             "heads": self.request.heads,
             "device": self.request.device,

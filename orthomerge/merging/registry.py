@@ -33,7 +33,7 @@ LAWS: dict[str, str] = {
     "idempotent": "identical models give that model",
     "permutation": "the order of the models does not matter",
     "scale-equivariance": "scaling all inputs scales the output",
-    "additive": "the update does not depend on the base",
+    "additive": "the update W - W_0 does not depend on the base, whatever the parameters",
 }
 
 
@@ -126,19 +126,38 @@ class MergeMethod:
         """Whether it takes one weight per model."""
         return "weights" in self._arguments
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, or runs a method that may."""
+        return "draws" in self._arguments
+
     def call(self, *tensors: Any, **arguments: Any) -> Merged:
-        """Call the function with those of weights, survey and role that it takes."""
+        """Call the function with those of weights, survey, role and draws that it takes.
+
+        Raises:
+            TypeError: It draws random numbers and got none.
+        """
+        if self._must_draw and arguments.get("draws") is None:
+            raise TypeError(f"{self.name} draws random numbers: pass draws=Draws(...)")
         return _call(self.function, self._arguments, tensors, arguments)
 
     def call_on_factors(self, factors: Any, **arguments: Any) -> Merged:
-        """Call the face for low-rank factors with those of weights and survey that it takes."""
+        """Call the face for low-rank factors with those of weights, survey, draws it takes."""
         assert self.factors is not None
         taken = frozenset(inspect.signature(self.factors).parameters)
         return _call(self.factors, taken, (factors,), arguments)
 
     @functools.cached_property
     def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.function).parameters)
+        return frozenset(self._signature)
+
+    @functools.cached_property
+    def _signature(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @property
+    def _must_draw(self) -> bool:
+        return self.is_random and self._signature["draws"].default is inspect.Parameter.empty
 
     def needs_weight_sum(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether weights that sum to zero are an error at these parameters."""
@@ -175,7 +194,9 @@ def merge_method(
     result may depend only on entry j of its inputs and on what ``survey`` found; with ``whole`` it
     is called once per tensor, with all of it in its shape and, if it asks, with ``role``: what the
     tensor is in the model. In ROTATION and FACTORS space it is called once per module, in FACTORS
-    space with ``batched`` also once for several modules of one shape, with a leading axis.
+    space with ``batched`` also once for several modules of one shape, with a leading axis. A method
+    that asks for ``draws`` gets ``Draws``: random numbers that depend on the entry, not on the
+    piece it is in.
 
     Args:
         name: Stable kebab-case id.

@@ -14,6 +14,7 @@ from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.merging.draws import Draws
 from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.spaces import Space
@@ -70,6 +71,12 @@ class Context:
         base = [(self.plan.base.checkpoint, task.base)] if self.plan.base else []
         models = [(m.checkpoint, n) for m, n in zip(self.plan.models, task.models, strict=True)]
         return [*base, *models]
+
+    def draws(self, task: Task, positions: Sequence[int]) -> Draws:
+        """Return a task's random numbers, for the models at these positions."""
+        keys = self.plan.model_keys
+        method = task.method or self.plan.method.name
+        return Draws(self.plan.request.seed, method, task.name, [keys[at] for at in positions])
 
     def reader(
         self,

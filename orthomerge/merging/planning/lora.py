@@ -1,4 +1,4 @@
-"""Plan the merge of LoRA adapters into one LoRA adapter; their base need not be there.
+"""Plan the merge of LoRA adapters into one LoRA adapter; only DoRA needs their base.
 
 Headers only. A module that an adapter does not change takes part as a change of zero, as it would
 in full weights, unless the request says otherwise.
@@ -6,13 +6,16 @@ in full weights, unless the request says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from orthomerge.adapters.config import CONFIG_NAME
 from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
-from orthomerge.checkpoints.dtypes import dtype_from_name
+from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
 from orthomerge.merging.lora_modules import JoinedLora, joined_lora
 from orthomerge.merging.lora_output import LoraOutput
@@ -27,6 +30,7 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.views import open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
@@ -37,13 +41,13 @@ def draft_tasks(
     request: MergeRequest, method: MergeMethod, models: Sequence[Source], base: Source | None
 ) -> Draft:
     """Return the tasks of a merge of LoRA adapters, with everything that is wrong with them."""
-    del base
     draft = Draft(piece_elements=piece_elements(request), filename="adapter_model.safetensors")
     adapters = [model.lora for model in models if model.lora is not None]
     modules = joined_lora(adapters, draft.problems)
     stored = [part.dtype for module in modules.values() for part in module.parts if part]
     draft.compute_dtype = compute_dtype(request, stored)
-    draft.problems += _agreement_problems(request, adapters, modules)
+    draft.problems += _agreement_problems(request, adapters, modules, base)
+    weights = _base_weights(models, base, draft)
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
         return draft
@@ -51,7 +55,9 @@ def draft_tasks(
     layers = LayerMap.of([*modules, *carried_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for module in modules.values():
-        draft.tasks.append(_factors_task(request, method, module, adapters, layers, draft))
+        task = _factors_task(request, method, module, adapters, layers, draft)
+        onto = weights[module.name] if draft.lora.dora else None
+        draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
@@ -61,6 +67,31 @@ def draft_tasks(
         draft.tasks.append(copy_task(info, keys, None))
     draft.written_files[CONFIG_NAME] = draft.lora.config_text(draft.lora.bounds)
     return draft
+
+
+def _base_weights(
+    models: Sequence[Source], base: Source | None, draft: Draft
+) -> dict[str, TensorInfo]:
+    """Return the base's weight of each module, and check that the adapters fit them."""
+    if base is None or draft.problems:
+        return {}
+    views = open_views(models, base, draft.problems)
+    draft.changes = tuple(view.changes for view in views)
+    return {
+        update.module.name: base.checkpoint.tensors[name]
+        for changes in draft.changes
+        if changes is not None
+        for name, update in changes.updates.items()
+        if isinstance(update, LoraUpdate)
+    }
+
+
+def _with_base(task: Task, weight: TensorInfo, draft: Draft) -> Task:
+    """Let a task read the base's weight, for DoRA's norms."""
+    lifted = weight.numel * ITEM_SIZES[draft.compute_dtype]
+    peak = task.peak_bytes + 2 * min(lifted, 4 * draft.piece_elements * 8)
+    read = task.read_bytes + weight.nbytes
+    return replace(task, base=weight.name, batch=None, peak_bytes=peak, read_bytes=read)
 
 
 def _output(
@@ -91,6 +122,7 @@ def _output(
             "fan_in_fan_out": first.value("fan_in_fan_out", bool, False),
             "modules_to_save": saved,
         },
+        dora=request.form == "dora",
     )
 
 
@@ -108,6 +140,8 @@ def _factors_task(
     problem = weight_sum_problem(method, settings, present, module.name)
     draft.problems += [problem] if problem else []
     info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
+    # A nested method sees one module at a time, with random numbers of its own.
+    alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
     shape = module.kind, module.rows, module.columns, module.ranks, info.shape, info.dtype
     return Task(
         info=info,
@@ -123,12 +157,15 @@ def _factors_task(
             for key in (part.keys if part else ())
         ),
         partners=tuple(partners),
-        batch=(shape, settings.weights, repr(settings.parameters)) if method.batched else None,
+        batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
     )
 
 
 def _agreement_problems(
-    request: MergeRequest, adapters: Sequence[LoraAdapter], modules: dict[str, JoinedLora]
+    request: MergeRequest,
+    adapters: Sequence[LoraAdapter],
+    modules: dict[str, JoinedLora],
+    base: Source | None,
 ) -> list[OrthoMergeError]:
     """Return why these adapters do not belong together, or cannot be one adapter."""
     problems: list[OrthoMergeError] = []
@@ -155,12 +192,23 @@ def _agreement_problems(
             )
         )
     dora = next((module for module in modules.values() if module.dora), None)
-    if dora is not None:
+    if dora is not None and request.form != "dora":
+        known = "" if base else "Pass --base (in a recipe: base), the model they were trained on. "
         problems.append(
             AdapterError(
                 "DoRA scales the rows of the base's weights, which no low-rank change can express",
                 tensor=dora.name,
-                remedy="Pass --base (in a recipe: base), the model that they were trained on.",
+                remedy=f"{known}With --base the result is a full checkpoint, with --as dora as "
+                "well a DoRA adapter.",
+            )
+        )
+    biased = next((module for module in modules.values() if module.biased), None)
+    if biased is not None and request.form == "dora":
+        problems.append(
+            AdapterError(
+                "PEFT has no biases of B beside magnitudes",
+                tensor=biased.name,
+                remedy="Pass --as full.",
             )
         )
     absent = [m.name for m in modules.values() if None in m.parts]
