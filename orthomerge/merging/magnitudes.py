@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
 from orthomerge.linalg.factors import Factors
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.stacks import Stack
@@ -56,14 +57,10 @@ def column_magnitudes(stack: Stack) -> Tensor:
     ``α_i[j]^2 = a_j^T (B_i^T B_i) a_j`` with a_j column j of A_i, as ``||R_i a_j||^2`` with
     ``R_i^T R_i = B_i^T B_i``, which cannot cancel.
     """
-    roots = torch.zeros_like(stack.left.gram)
-    start = 0
-    for rank in stack.ranks:
-        own = slice(start, start + rank)
-        values, vectors = torch.linalg.eigh(stack.left.gram[..., own, own])
-        roots[..., own, own] = values.clamp(min=0).sqrt()[..., None] * vectors.mT
-        start += rank
-    rows = (roots @ stack.right.transform).to(stack.right.rows.dtype) @ stack.right.rows
+    values, vectors = torch.linalg.eigh(diagonal_blocks(stack.left.gram, stack.ranks))
+    roots = values.clamp(min=0).sqrt()[..., None] * vectors.mT
+    T = blocks_times(roots, stack.right.transform, stack.ranks)
+    rows = T.to(stack.right.rows.dtype) @ stack.right.rows
     parts = torch.split(rows, list(stack.ranks), -2)
     return torch.stack([torch.linalg.vector_norm(part, dim=-2) for part in parts], dim=-2)
 

@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from orthomerge.errors import NumericalError
+from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
 from orthomerge.linalg.factors import Factors, balancing, concatenated, gram
 from orthomerge.linalg.orthogonal_stacks import (
+    Whitened,
     mean_principal_cosine,
     orthogonalise_stack,
     stack_overlap,
+    whitened_stack,
 )
 from orthomerge.linalg.precision import full_precision
 from orthomerge.linalg.stack_descent import adam_stack
@@ -53,15 +56,17 @@ class Side:
         G = gram(rows)
         return cls(rows, torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G), G)
 
-    def changed(self, C: Tensor) -> Side:
-        """Return the rows multiplied by C."""
-        return Side(self.rows, C @ self.transform, C @ self.gram @ C.mT)
+    def changed(self, blocks: Tensor, ranks: Sequence[int]) -> Side:
+        """Return the rows multiplied by a block-diagonal matrix, adapter by adapter."""
+        T, G = (blocks_times(blocks, X, ranks) for X in (self.transform, self.gram))
+        return Side(self.rows, T, blocks_times(blocks, G.mT, ranks).mT)
 
     def multiplied(self, by: Tensor | None = None) -> Tensor:
         """Return ``T X``, its rows multiplied by numbers [..., R]."""
         T = self.transform if by is None else by[..., None] * self.transform
-        # As the transpose, for which the left side's memory is laid out.
-        return (self.rows.mT @ T.mT.to(self.rows.dtype)).mT
+        T = T.to(self.rows.dtype)
+        # In the rows' own memory layout: the left side's are columns of B.
+        return T @ self.rows if self.rows.is_contiguous() else (self.rows.mT @ T.mT).mT
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,14 +100,15 @@ class Stack:
         """
         joined, ranks = concatenated(factors), tuple(F.rank for F in factors)
         left, right = Side.of(joined.B.mT), Side.of(joined.A)
-        sizes = [_block_sums(torch.diag_embed(_diagonal(s.gram)), ranks) for s in (left, right)]
+        owner = _owners(left.gram, ranks)
+        sizes = [_diagonal(side.gram) @ owner for side in (left, right)]
         _require_finite(sizes[0] + sizes[1])
         squares = _block_sums(left.gram * right.gram, ranks)
         live = squares > _NEGLIGIBLE**2 * sizes[0] * sizes[1]
         w = torch.tensor(list(weights), dtype=left.gram.dtype, device=left.gram.device) * live
         if not bool(live.all()):
-            kept = torch.diag_embed(per_row(live.to(w.dtype), ranks))
-            left, right = left.changed(kept), right.changed(kept)
+            kept = live.to(w.dtype)[..., None, None] * torch.eye(max(ranks)).to(w)
+            left, right = left.changed(kept, ranks), right.changed(kept, ranks)
         return cls(left, right, ranks, tuple(weights), w)
 
     @property
@@ -154,14 +160,10 @@ def balance(stack: Stack) -> Stack:
     ``D_i = U S V^T`` gives ``B_i = U sqrt(S)``, ``A_i = sqrt(S) V^T``. What follows then depends
     on the updates alone, and not on how training has split them: ``B M^-1, M A`` is the same D.
     """
-    left, right = torch.zeros_like(stack.left.gram), torch.zeros_like(stack.right.gram)
-    start = 0
-    for rank in stack.ranks:
-        own = slice(start, start + rank)
-        X, Y, _ = balancing(stack.left.gram[..., own, own], stack.right.gram[..., own, own])
-        left[..., own, own], right[..., own, own] = X.mT, Y
-        start += rank
-    return replace(stack, left=stack.left.changed(left), right=stack.right.changed(right))
+    left, right = (diagonal_blocks(side.gram, stack.ranks) for side in (stack.left, stack.right))
+    X, Y, _ = balancing(left, right)
+    sides = stack.left.changed(X.mT, stack.ranks), stack.right.changed(Y, stack.ranks)
+    return replace(stack, left=sides[0], right=sides[1])
 
 
 @full_precision()
@@ -197,9 +199,12 @@ def orthogonalise(
         The stack, and per side the overlap before and after and the drift [...].
     """
     sides = {"B": stack.left, "A": stack.right}
-    chosen = _chosen(sides, stack.ranks, target, how)
+    whitened: dict[str, Whitened] = {}
+    if how != "none" and (how == "lowdin" or target == "auto") and len(stack.ranks) > 1:
+        whitened = {name: whitened_stack(side.gram, stack.ranks) for name, side in sides.items()}
+    chosen = _chosen(sides, whitened, stack.ranks, target)
     facts: dict[str, Tensor] = {}
-    for name, before in sides.items():
+    for name, before in [*sides.items()]:
         after, drift = before, torch.zeros_like(before.gram[..., 0, 0])
         if bool(chosen[name].any()) and how == "adam":
             after, drift = _by_adam(before, stack.ranks, gamma, normalise, steps)
@@ -207,9 +212,10 @@ def orthogonalise(
             found = orthogonalise_stack(
                 before.gram, stack.ranks, how,
                 strength=strength, gamma=gamma, normalise=normalise, steps=steps,
-                tolerance=tolerance, null=_NULL[before.rows.dtype],
+                tolerance=tolerance, null=_NULL[before.rows.dtype], whitened=whitened.get(name),
             )  # fmt: skip
-            after, drift = before.changed(found.C), found.drift
+            after = Side(before.rows, found.C @ before.transform, found.gram)
+            drift = found.drift
         sides[name] = after = _where(chosen[name], after, before)
         facts[f"overlap_{name}_before"] = stack_overlap(before.gram, stack.ranks)
         facts[f"overlap_{name}_after"] = stack_overlap(after.gram, stack.ranks)
@@ -224,15 +230,18 @@ def per_row(values: Tensor, ranks: Sequence[int], dim: int = -1) -> Tensor:
 
 
 def _chosen(
-    sides: Mapping[str, Side], ranks: Sequence[int], target: Target, how: Orthogonalise
+    sides: Mapping[str, Side],
+    whitened: Mapping[str, Whitened],
+    ranks: Sequence[int],
+    target: Target,
 ) -> dict[str, Tensor]:
     """Return for each side where it is made orthogonal [...]."""
     every = torch.ones_like(sides["A"].gram[..., 0, 0], dtype=torch.bool)
-    if target != "auto" or how == "none" or len(ranks) < 2:
+    if target != "auto" or not whitened:
         return {name: every & (target in (name, "both", "auto")) for name in sides}
     shared = {
-        name: mean_principal_cosine(side.gram, ranks, above=_SHARED) > _SHARED
-        for name, side in sides.items()
+        name: mean_principal_cosine(W, ranks, above=_SHARED) > _SHARED
+        for name, W in whitened.items()
     }
     both = shared["A"] & shared["B"]
     return {name: ~shared[name] | both for name in sides}
@@ -267,8 +276,13 @@ def _diagonal(G: Tensor) -> Tensor:
 
 def _block_sums(K: Tensor, ranks: Sequence[int]) -> Tensor:
     """Return the sum of the entries of every diagonal block [..., N]."""
-    owner = per_row(torch.eye(len(ranks), dtype=K.dtype, device=K.device), ranks, 0)
+    owner = _owners(K, ranks)
     return ((K @ owner) * owner).sum(-2)
+
+
+def _owners(K: Tensor, ranks: Sequence[int]) -> Tensor:
+    """Return which adapter a row belongs to, as ones and zeros [R, N]."""
+    return per_row(torch.eye(len(ranks), dtype=K.dtype, device=K.device), ranks, 0)
 
 
 def _require_finite(sizes: Tensor) -> None:
