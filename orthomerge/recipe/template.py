@@ -17,6 +17,7 @@ _FOLDERS = {
     Space.WEIGHT: ("models/first", "models/second"),
     Space.DELTA: ("models/first", "models/second"),
     Space.ROTATION: ("adapters/first", "adapters/second"),
+    Space.FACTORS: ("adapters/first", "adapters/second"),
 }
 
 

@@ -22,11 +22,11 @@ from orthomerge.merging.lifting import merge_factors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class FactorInputs:
     """The factors of one or several modules of equal shape.
 
     Attributes:
@@ -34,18 +34,20 @@ class _Inputs:
         factors: One per model that takes part; with a leading axis of modules for a batch.
         weights: One per model that takes part.
         positions: Which models those are.
+        scales: What each model's B was multiplied by, of the first module.
     """
 
     modules: list[JoinedLora]
     factors: list[Factors]
     weights: list[float]
     positions: list[int]
+    scales: list[float]
 
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
     method = context.plan.method
-    inputs = _read(tasks, context)
+    inputs = read_factors(tasks, context)
     try:
         merged = merge_factors(
             method,
@@ -53,6 +55,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             weights=inputs.weights,
             survey=context.survey,
             draws=context.draws(tasks[0], inputs.positions),
+            scales=inputs.scales,
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -73,10 +76,16 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     return details
 
 
-def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+def joined_module(task: Task, context: Context) -> JoinedLora:
+    """Return the module that a task merges, over all adapters."""
+    name = next(name for name in task.models if name is not None)
+    return join_lora(name, _adapters(context))
+
+
+def read_factors(tasks: Sequence[Task], context: Context) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters = _adapters(context)
-    modules = [join_lora(_module_name(task), adapters) for task in tasks]
+    modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     factors = []
@@ -84,7 +93,16 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
         parts = [_factors(adapters[at], module, at, context) for module in modules]
         whole = parts[0] if len(parts) == 1 else _stacked(parts)
         factors.append(whole.to(device=context.device))
-    return _Inputs(modules, factors, [tasks[0].weights[at] for at in here], here)
+    scales = [_scale(modules[0], at) for at in here]
+    return FactorInputs(modules, factors, [tasks[0].weights[at] for at in here], here, scales)
+
+
+def _scale(module: JoinedLora, at: int) -> float:
+    """Return by what B was multiplied, compared with A; of an embedding that is turned."""
+    part = module.parts[at]
+    if part is None:
+        return 1.0
+    return 1 / part.scale if module.kind == "embedding" and part.scale else part.scale
 
 
 def _factors(adapter: LoraAdapter, module: JoinedLora, at: int, context: Context) -> Factors:
@@ -144,10 +162,6 @@ def _digests(task: Task, module: JoinedLora, context: Context) -> list[list[list
 
 def _adapters(context: Context) -> list[LoraAdapter]:
     return [model.lora for model in context.plan.models if model.lora is not None]
-
-
-def _module_name(task: Task) -> str:
-    return next(name for name in task.models if name is not None)
 
 
 def _item(product: Factors, at: int, *, batched: bool) -> Factors:

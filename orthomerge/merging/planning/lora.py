@@ -20,6 +20,7 @@ from orthomerge.merging.plan import MergeRequest, Task
 from orthomerge.merging.planning.carried import carried_names, carried_task, copy_task
 from orthomerge.merging.planning.draft import (
     Draft,
+    Settings,
     compute_dtype,
     piece_elements,
     resolve_settings,
@@ -27,6 +28,7 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.model_scope import check_factors_survey, nested_problem
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
@@ -52,6 +54,7 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, layers.positions)
     for module in modules.values():
         draft.tasks.append(_factors_task(request, method, module, adapters, layers, draft))
+    check_factors_survey(request, method, list(modules.values()), draft)
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
@@ -107,6 +110,8 @@ def _factors_task(
     present = [part is not None or request.absent == "zero" for part in module.parts]
     problem = weight_sum_problem(method, settings, present, module.name)
     draft.problems += [problem] if problem else []
+    for unfit in _method_problems(method, settings, module):
+        draft.report_once(unfit)
     info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
     # A nested method sees one module at a time, with random numbers of its own.
     alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
@@ -127,6 +132,20 @@ def _factors_task(
         partners=tuple(partners),
         batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
     )
+
+
+def _method_problems(
+    method: MergeMethod, settings: Settings, module: JoinedLora
+) -> list[OrthoMergeError]:
+    """Return why the method cannot merge factors like these, at these settings."""
+    problems: list[OrthoMergeError] = []
+    nested = nested_problem(method, settings.parameters)
+    problems += [nested] if nested else []
+    unfit = method.unfit_ranks(module.ranks) if method.unfit_ranks else None
+    if unfit:
+        remedy = "Use a method that takes any ranks: task-arithmetic."
+        problems.append(RecipeError(unfit, tensor=module.name, remedy=remedy))
+    return problems
 
 
 def _agreement_problems(
