@@ -155,7 +155,7 @@ def merge_factors(
     weights: Sequence[float],
     survey: Any = None,
     draws: Any = None,
-    scales: Sequence[float] | None = None,
+    folded: Sequence[float] | None = None,
     **parameters: Any,
 ) -> Merged:
     """Merge one module's factors by a method's own face for them, else in KnOTS coordinates.
@@ -166,12 +166,12 @@ def merge_factors(
         weights: One per model.
         survey: The method's survey of the whole model.
         draws: Random numbers.
-        scales: What each B_i was multiplied by, for a method that asks.
+        folded: What each B_i was multiplied by, for a method that asks.
         **parameters: The method's parameters, all of them.
     """
     given = {"weights": weights, "survey": survey, "draws": draws, **parameters}
     if method.factors is not None:
-        return method.call_on_factors(factors, scales=scales, **given)
+        return method.call_on_factors(factors, folded=folded, **given)
     return lifted(method, factors, **given)
 
 

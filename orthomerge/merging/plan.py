@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orthomerge.adapters.lora_styles import LoraStyle
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
@@ -70,6 +71,8 @@ class MergeRequest:
         form: What is written for LoRA adapters: ``auto`` is an adapter without a base and a full
             checkpoint with one.
         rank: Rank of a merged LoRA adapter; None for lossless.
+        style: Format of a merged LoRA adapter; ``auto`` is that of the adapters.
+        component: Part of a pipeline that PEFT adapters belong to, for formats that say so.
         absent: What an adapter contributes to a module it does not change: ``zero`` counts it with
             its weight, ``skip`` leaves it out of sums and means, ``error`` refuses.
         heads: What becomes of whole tensors (trained heads) that several adapters carry:
@@ -98,6 +101,8 @@ class MergeRequest:
     back_map: BackMap = "auto"
     form: Form = "auto"
     rank: RankRule | None = None
+    style: LoraStyle | Literal["auto"] = "auto"
+    component: str | None = None
     absent: AbsentPolicy = "zero"
     heads: str = "average"
     assume_same_base: bool = False

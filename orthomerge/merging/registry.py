@@ -22,7 +22,7 @@ from orthomerge.merging.spaces import Space
 __all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 
 _ENTRY_POINTS = "orthomerge.merge_methods"
-_SUPPLIED = {"weights", "survey", "role", "draws", "scales"}
+_SUPPLIED = {"weights", "survey", "role", "draws", "folded"}
 _ALIASES: dict[str, str] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REGISTRY: dict[str, MergeMethod] = {}
@@ -203,7 +203,7 @@ def merge_method(
     tensor is in the model. In ROTATION and FACTORS space it is called once per module, in FACTORS
     space with ``batched`` also once for several modules of one shape, with a leading axis. A method
     that asks for ``draws`` gets ``Draws``: random numbers that depend on the entry, not on the
-    piece it is in. One of FACTORS space that asks for ``scales`` gets what each B_i was multiplied
+    piece it is in. One of FACTORS space that asks for ``folded`` gets what each B_i was multiplied
     by, beyond A_i, compared with the stored factors; not with ``batched``.
 
     Args:

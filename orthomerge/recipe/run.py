@@ -39,6 +39,8 @@ def request_from(recipe: MergeRecipe) -> MergeRequest:
         back_map=recipe.output.back_map,
         form=recipe.output.form,
         rank=parse_rank(recipe.output.rank),
+        style=recipe.output.style,
+        component=recipe.output.component,
         absent=recipe.adapters.absent,
         heads=recipe.adapters.heads,
         assume_same_base=recipe.adapters.assume_same_base,
@@ -84,8 +86,8 @@ def plan(
         norm_matched: Size of the whole update, as a multiple of the size of the sum of all models'
             changes; None leaves it as the method makes it.
         seed: Seed of methods that draw random numbers.
-        output_settings: Keys of a recipe's ``output``: dtype, form, rank, max_shard_size, back_map,
-            provenance.
+        output_settings: Keys of a recipe's ``output``: dtype, form, rank, style, component,
+            max_shard_size, back_map, provenance.
         adapter_settings: Keys of a recipe's ``adapters``: absent, heads, assume_same_base.
         run_settings: Keys of a recipe's ``run``: device, compute_dtype, memory_budget, workers.
         **parameters: The method's parameters.

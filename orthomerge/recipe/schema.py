@@ -102,6 +102,13 @@ class OutputSettings(_Strict):
         description="Rank of a merged LoRA adapter: a number, energy:0.99, parameters:1000000; "
         "default: lossless.",
     )
+    style: Literal["auto", "peft", "kohya", "diffusers"] = Field(
+        default="auto", description="Format of a merged LoRA adapter; default: the adapters' own."
+    )
+    component: str | None = Field(
+        default=None,
+        description="Part of a pipeline a PEFT adapter belongs to (unet), for kohya and diffusers.",
+    )
     provenance: bool = Field(default=True, description="Record how the output was made.")
 
 

@@ -38,7 +38,7 @@ def peft_linear(
     factors: Sequence[Factors],
     *,
     weights: Sequence[float],
-    scales: Sequence[float] | None = None,
+    folded: Sequence[float] | None = None,
 ) -> Factors:
     """Add the A factors and the B factors separately, as PEFT does; not a sum of the changes.
 
@@ -49,7 +49,7 @@ def peft_linear(
     Args:
         factors: s_i B_i [o, r], A_i [r, n], one per model, of one rank.
         weights: w_i, one per model.
-        scales: s_i: what B_i was multiplied by. Without them, inside another method, the scales
+        folded: s_i: what B_i was multiplied by. Without them, inside another method, the scales
             count as equal.
 
     Returns:
@@ -71,7 +71,7 @@ def peft_linear(
     problem = _unfit([factor.rank for factor in factors])
     if problem:
         raise RecipeError(problem, remedy="Use task-arithmetic, which takes any ranks.")
-    known = scales or [1.0] * len(factors)
+    known = folded or [1.0] * len(factors)
     entries = [e for e in zip(factors, weights, known, strict=True) if e[0].rank]
     if not entries:
         return factors[0]

@@ -24,6 +24,7 @@ from orthomerge.merging.planning.draft import (
     rule_problems,
     weight_sum_problem,
 )
+from orthomerge.merging.planning.factored import factored_task
 from orthomerge.merging.planning.files import add_model_files
 from orthomerge.merging.planning.memory import peak_bytes
 from orthomerge.merging.planning.model_scope import check_model_survey
@@ -56,7 +57,7 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
         draft.tasks += _draft_task(request, method, name, row, views, layers, draft)
-    check_model_survey(draft)
+    check_model_survey(request, draft)
     add_model_files(sources[0], draft)
     return draft
 
@@ -197,18 +198,19 @@ def _draft_task(
     pairs = list(zip(views, entries, strict=True))
     read = sum(view.read_bytes(entry.name) for view, entry in pairs if entry is not None)
     names = tuple(entry.name if entry else None for entry in entries)
-    return [
-        Task(
-            info=info,
-            kind=kind,
-            models=names[1:] if has_base else names,
-            base=names[0] if has_base else None,
-            weights=settings.weights,
-            parameters=settings.parameters,
-            peak_bytes=peak_bytes(method, kind, info, pairs, draft),
-            read_bytes=read,
-        )
-    ]
+    task = Task(
+        info=info,
+        kind=kind,
+        models=names[1:] if has_base else names,
+        base=names[0] if has_base else None,
+        weights=settings.weights,
+        parameters=settings.parameters,
+        peak_bytes=peak_bytes(method, kind, info, pairs, draft),
+        read_bytes=read,
+    )
+    if method.space is Space.FACTORS:
+        task = factored_task(task, method, views, draft)
+    return [task]
 
 
 def _task_kind(

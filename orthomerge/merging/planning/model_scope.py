@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
@@ -17,24 +17,25 @@ from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import SURVEY_SHARE
 from orthomerge.merging.registry import MergeMethod, get_method
 
-__all__ = ["check_factors_survey", "check_model_survey", "nested_problem"]
+__all__ = ["check_factored", "check_model_survey"]
 
 
-def check_model_survey(draft: Draft, entries: Mapping[str, int] | None = None) -> None:
+def check_model_survey(request: MergeRequest, draft: Draft) -> None:
     """Report settings that a survey of the whole model cannot have; note the memory it takes.
 
-    It runs once, so its parameters cannot vary within the model.
+    It runs once, so its parameters cannot vary within the model; and it sees every model in every
+    module, so no adapter can be left out of one.
 
     Args:
+        request: What was asked.
         draft: The plan in the making, with all its tasks.
-        entries: Task name to how many entries one model contributes; default: its output's.
     """
-    merged = _merged(draft)
+    merged = [t for t in draft.tasks if t.kind in MERGED_KINDS and t.method is None]
     parameters = [_surveyed(task.parameters) for task in merged]
     if not any(p.get("scope") == "model" for p in parameters):
         return
-    total = sum(entries[task.name] if entries else task.info.numel for task in merged)
-    draft.survey_bytes = int(SURVEY_SHARE * total) * ITEM_SIZES[draft.compute_dtype]
+    entries = sum(draft.surveyed_entries.get(task.name, task.info.numel) for task in merged)
+    draft.survey_bytes = int(SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
     for key in parameters[0]:
         if len({str(p.get(key)) for p in parameters}) > 1:
             draft.problems.append(
@@ -43,28 +44,8 @@ def check_model_survey(draft: Draft, entries: Mapping[str, int] | None = None) -
                     remedy="Give it one value, or use scope: tensor.",
                 )
             )
-
-
-def check_factors_survey(
-    request: MergeRequest, method: MergeMethod, modules: Sequence[JoinedLora], draft: Draft
-) -> None:
-    """Do the same for a merge of low-rank factors, whose survey sees the models' coordinates.
-
-    Args:
-        request: What was asked.
-        method: The method.
-        modules: What the merged tasks of the draft merge, in their order.
-        draft: The plan in the making, with all its tasks.
-    """
-    merged = _merged(draft)
-    entries = {}
-    for task, module in zip(merged, modules, strict=True):
-        rank, space = sum(module.ranks), lift_of(method, task.parameters)
-        entries[task.name] = coordinate_entries(module.rows, module.columns, rank, space)
-    check_model_survey(draft, entries)
-    whole_model = any(_surveyed(task.parameters).get("scope") == "model" for task in merged)
-    absent = [module.name for module in modules if None in module.parts]
-    if whole_model and absent and request.absent == "skip":
+    absent = [t.name for t in merged if t.kind == "factors" and None in t.models]
+    if absent and request.absent == "skip":
         draft.problems.append(
             RecipeError(
                 "with scope: model no adapter can be left out of a module",
@@ -74,7 +55,28 @@ def check_factors_survey(
         )
 
 
-def nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> RecipeError | None:
+def check_factored(method: MergeMethod, task: Task, module: JoinedLora, draft: Draft) -> None:
+    """Report why a method cannot merge one module's factors; note what a survey sees of it.
+
+    Args:
+        method: The method.
+        task: The module's task.
+        module: What it merges.
+        draft: The plan in the making.
+    """
+    nested = _nested_problem(method, task.parameters)
+    if nested:
+        draft.report_once(nested)
+    unfit = method.unfit_ranks(module.ranks) if method.unfit_ranks else None
+    if unfit:
+        remedy = "Use a method that takes any ranks: task-arithmetic."
+        draft.report_once(RecipeError(unfit, tensor=module.name, remedy=remedy))
+    draft.surveyed_entries[task.name] = coordinate_entries(
+        module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+    )
+
+
+def _nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> RecipeError | None:
     """Return why a method of low-rank factors cannot run a nested one, or None."""
     for inner in _nested(parameters):
         chosen = get_method(inner["method"])
@@ -83,18 +85,12 @@ def nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> Recipe
                 f"{chosen.name} needs the base's weights, so {method.name} cannot run it",
                 remedy="Use a method whose update does not depend on the base: ties.",
             )
-        hidden = _deep(inner) if method.lift is not None else _deep(parameters)
-        if any(choice.get("scope") == "model" for choice in hidden):
+        if method.lift is None and any(c.get("scope") == "model" for c in _deep(parameters)):
             return RecipeError(
                 f"scope: model looks at the whole model before {method.name} has changed it",
-                remedy="Use scope: tensor, or run the method itself, in knots or in core.",
+                remedy="Use scope: tensor, or run the nested method itself, or in knots or core.",
             )
     return None
-
-
-def _merged(draft: Draft) -> list[Task]:
-    """Return the tasks of the plan's own method."""
-    return [task for task in draft.tasks if task.kind in MERGED_KINDS and task.method is None]
 
 
 def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -163,12 +163,14 @@ def _finish(
     digested = len(models) + (base is not None)
     # PEFT reads an adapter from one file.
     in_shards = kind == "folder" and "adapter_config.json" not in draft.written_files
-    metadata = single_file_metadata(request, method.name, digested) if kind == "file" else None
+    metadata = single_file_metadata(request, method.name, digested) if kind == "file" else {}
+    if draft.lora is not None:
+        metadata |= draft.lora.metadata(draft.lora.bounds)
     layout = plan_layout(
         [info for task in draft.tasks for info in task.outputs],
         max_shard_bytes=request.max_shard_bytes if in_shards else 1 << 62,
         filename=request.output.name if kind == "file" and request.output else draft.filename,
-        metadata=metadata,
+        metadata=metadata or None,
     )
     return Plan(
         request=request,
