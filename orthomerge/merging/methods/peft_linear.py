@@ -28,7 +28,7 @@ def _unfit(ranks: Sequence[int]) -> str | None:
     "peft-linear",
     space=Space.FACTORS,
     reference='PEFT, add_weighted_adapter(combination_type="linear")',
-    laws=("identity", "permutation"),
+    laws=("identity", "permutation", "scale-equivariance"),
     output_rank=max,
     unfit_ranks=_unfit,
     caution="peft-linear is PEFT's formula for comparison only: it multiplies each adapter's B by "
