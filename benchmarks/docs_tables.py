@@ -189,7 +189,7 @@ def _answer(answer: Mapping[str, Any]) -> str:
     if "error" in answer:
         return f"`{answer['error']}`"
     error = answer["relative_error"]
-    return "exact" if error < 1e-6 else f"{error:.2g}"
+    return "exact" if error < 1e-6 else f"{error:.2g}" if error < 0.1 else f"{error:.2f}"
 
 
 def _ratio(facts: Mapping[str, Any], prefix: str) -> str:

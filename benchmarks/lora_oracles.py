@@ -89,7 +89,7 @@ def pruned(density: float) -> Callable[[Sequence[Array], Sequence[float]], Array
 
 
 def elected(density: float) -> Callable[[Sequence[Array], Sequence[float]], Array]:
-    """Return TIES: the sign of ``Σ w_i t_i`` (0 as +), the mean of those that agree by ``|w_i|``."""
+    """Return TIES: the sign of ``Σ w_i t_i`` (0 as +), the mean by ``|w_i|`` of what agrees."""
 
     def merge(items: Sequence[Array], weights: Sequence[float]) -> Array:
         voted = [w * _largest(x, density) for w, x in zip(weights, items, strict=True)]

@@ -21,8 +21,8 @@ __all__ = ["main"]
 
 #: What is known and too large to be run here.
 NOT_RUN = [
-    "Not run: svd_clamp takes torch.quantile of U and V^T together, which refuses more than 2^24 values: "
-    "for rank 64 layers of 131,072 inputs and outputs would do, after a dense SVD of such a layer.",
+    "Not run: svd_clamp takes torch.quantile of U and V^T together, which refuses more than 2^24 "
+    "values: a layer of 131,072 inputs and outputs at rank 64, after its dense SVD.",
 ]
 
 
