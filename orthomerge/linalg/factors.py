@@ -16,7 +16,15 @@ from orthomerge.errors import NumericalError
 from orthomerge.linalg.checks import require_finite
 from orthomerge.linalg.precision import full_precision, working_dtype
 
-__all__ = ["Factors", "balanced", "concatenated", "gram", "singular_values", "truncated"]
+__all__ = [
+    "Factors",
+    "balanced",
+    "balancing",
+    "concatenated",
+    "gram",
+    "singular_values",
+    "truncated",
+]
 
 # What rounding leaves of a singular value that is zero, relative to sum ||b_k|| ||a_k||: float64
 # factors are decomposed themselves, float32 ones through their Gram matrices, hence the root.
@@ -212,6 +220,29 @@ def gram(X: Tensor) -> Tensor:
     return rows @ rows.mT
 
 
+@full_precision()
+def balancing(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what balances factors, from their Gram matrices alone.
+
+    ``B' = B X`` and ``A' = Y A`` are ``balanced``'s, with zeros where B A has a lower rank:
+    singular values below 1e-7 ``Σ ||b_k|| ||a_k||`` are dropped, as Gram matrices do not resolve
+    them.
+
+    Args:
+        left: ``B^T B`` [..., r, r] in float64.
+        right: ``A A^T`` [..., r, r] in float64.
+
+    Returns:
+        X [..., r, r], Y [..., r, r] and the singular values [..., r] in float64.
+
+    >>> X, Y, S = balancing(torch.eye(1).double() * 64, torch.eye(1).double() / 4)
+    >>> float(X.abs()), float(Y.abs()), float(S)
+    (0.25, 4.0, 4.0)
+    """
+    core = _decomposed(_gram_root(left), _gram_root(right), _BY_GRAM, left.shape[-1])
+    return *core.halves(left.shape[-1]), core.values
+
+
 @dataclass(frozen=True, slots=True)
 class _Core:
     """``P S Z^T = R_B R_A^T``; the singular values of noise are zero."""
@@ -222,45 +253,55 @@ class _Core:
     values: Tensor
     Zh: Tensor
 
+    def halves(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Return ``R_A^T Z S^-1/2`` and ``S^-1/2 P^T R_B``, of the largest singular values."""
+        S = self.values[..., :rank]
+        root = torch.where(S > 0, S, 1.0).rsqrt() * (S > 0)
+        columns = self.right.mT @ self.Zh[..., :rank, :].mT * root[..., None, :]
+        return columns, root[..., :, None] * (self.P[..., :rank].mT @ self.left)
+
 
 @full_precision()
 def _core(F: Factors) -> _Core:
     require_finite(F.B, "the left factor")
     require_finite(F.A, "the right factor")
     dtype = working_dtype(F.B, F.A)
-    left, right = _root(F.B.to(dtype)), _root(F.A.to(dtype).mT)
-    P, S, Zh = torch.linalg.svd(left @ right.mT, full_matrices=False)
     tolerance = _EXACT if dtype == torch.float64 else _BY_GRAM
+    left, right = _root(F.B.to(dtype)), _root(F.A.to(dtype).mT)
+    return _decomposed(left, right, tolerance, min(F.rank, *F.shape))
+
+
+def _decomposed(left: Tensor, right: Tensor, tolerance: float, rank: int) -> _Core:
+    P, S, Zh = torch.linalg.svd(left @ right.mT, full_matrices=False)
     norms = torch.linalg.vector_norm(left, dim=-2) * torch.linalg.vector_norm(right, dim=-2)
     noise = tolerance * norms.sum(-1, keepdim=True)
-    smallest = min(F.rank, *F.shape)
-    S = torch.where(noise < S, S, 0.0)[..., :smallest]
-    return _Core(left, right, P[..., :smallest], S, Zh[..., :smallest, :])
+    S = torch.where(noise < S, S, 0.0)[..., :rank]
+    return _Core(left, right, P[..., :rank], S, Zh[..., :rank, :])
 
 
 @full_precision()
 def _evenly_split(F: Factors, rank: int) -> Factors:
-    core = _core(F)
-    S = core.values[..., :rank]
-    root = torch.where(S > 0, S, 1.0).rsqrt() * (S > 0)
+    columns, rows = _core(F).halves(rank)
     dtype = working_dtype(F.B, F.A)
-    columns = core.right.mT @ core.Zh[..., :rank, :].mT * root[..., None, :]
-    rows = root[..., :, None] * (core.P[..., :rank].mT @ core.left)
     return Factors(F.B.to(dtype) @ columns.to(dtype), rows.to(dtype) @ F.A.to(dtype))
 
 
 def _root(X: Tensor) -> Tensor:
-    """Return R with ``R^T R = X^T X`` [..., k, r] in float64, k at most r; X [..., d, r].
-
-    Columns are scaled to length 1 first where the Gram matrix is used, so that columns of very
-    different lengths are resolved alike.
-    """
+    """Return R with ``R^T R = X^T X`` [..., k, r] in float64, k at most r; X [..., d, r]."""
     if X.dtype == torch.float64:
         R: Tensor = torch.linalg.qr(X, mode="r").R
         return R
-    G = gram(X.mT)
-    lengths = G.diagonal(dim1=-2, dim2=-1).sqrt()
+    return _gram_root(gram(X.mT))
+
+
+def _gram_root(G: Tensor) -> Tensor:
+    """Return R with ``R^T R = G`` [..., r, r].
+
+    Columns are scaled to length 1 first, so that columns of very different lengths are resolved
+    alike.
+    """
+    lengths = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     safe = torch.where(lengths > 0, lengths, 1.0)
     values, vectors = torch.linalg.eigh(G / (safe[..., :, None] * safe[..., None, :]))
-    R = values.clamp(min=0).sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
+    R: Tensor = values.clamp(min=0).sqrt()[..., :, None] * vectors.mT * lengths[..., None, :]
     return R

@@ -1,4 +1,4 @@
-"""Plan the merge of LoRA adapters into one LoRA adapter; their base need not be there.
+"""Plan the merge of LoRA adapters into one LoRA adapter; only DoRA needs their base.
 
 Headers only. A module that an adapter does not change takes part as a change of zero, as it would
 in full weights, unless the request says otherwise.
@@ -6,13 +6,17 @@ in full weights, unless the request says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 
-from orthomerge.adapters.config import CONFIG_NAME
 from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_renaming import converted_module
+from orthomerge.adapters.lora_styles import LoraStyle, component_of
+from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
-from orthomerge.checkpoints.dtypes import dtype_from_name
+from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
 from orthomerge.merging.lora_modules import JoinedLora, joined_lora
 from orthomerge.merging.lora_output import LoraOutput
@@ -27,31 +31,42 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.views import open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
 __all__ = ["draft_tasks"]
+
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for it in a folder
 
 
 def draft_tasks(
     request: MergeRequest, method: MergeMethod, models: Sequence[Source], base: Source | None
 ) -> Draft:
     """Return the tasks of a merge of LoRA adapters, with everything that is wrong with them."""
-    del base
     draft = Draft(piece_elements=piece_elements(request), filename="adapter_model.safetensors")
     adapters = [model.lora for model in models if model.lora is not None]
     modules = joined_lora(adapters, draft.problems)
     stored = [part.dtype for module in modules.values() for part in module.parts if part]
     draft.compute_dtype = compute_dtype(request, stored)
-    draft.problems += _agreement_problems(request, adapters, modules)
+    draft.problems += _agreement_problems(request, adapters, modules, base)
+    weights = _base_weights(models, base, draft)
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
         return draft
-    draft.lora = _output(request, method, adapters, modules)
+    try:
+        draft.lora = _output(request, method, adapters, modules, base)
+    except OrthoMergeError as error:
+        draft.problems.append(error)
+        return draft
+    if draft.lora.style == "diffusers":
+        draft.filename = _DIFFUSERS_FILE
     layers = LayerMap.of([*modules, *carried_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for module in modules.values():
-        draft.tasks.append(_factors_task(request, method, module, adapters, layers, draft))
+        task = _factors_task(request, method, module, adapters, layers, draft)
+        onto = weights[module.name] if draft.lora.dora else None
+        draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
@@ -59,8 +74,33 @@ def draft_tasks(
         keys = tuple(adapter.base_copies.get(name) for adapter in adapters)
         info = next(a.source.tensors[k] for a, k in zip(adapters, keys, strict=True) if k)
         draft.tasks.append(copy_task(info, keys, None))
-    draft.written_files[CONFIG_NAME] = draft.lora.config_text(draft.lora.bounds)
+    draft.written_files |= draft.lora.files(draft.lora.bounds)
     return draft
+
+
+def _base_weights(
+    models: Sequence[Source], base: Source | None, draft: Draft
+) -> dict[str, TensorInfo]:
+    """Return the base's weight of each module, and check that the adapters fit them."""
+    if base is None or draft.problems:
+        return {}
+    views = open_views(models, base, draft.problems)
+    draft.changes = tuple(view.changes for view in views)
+    return {
+        update.module.name: base.checkpoint.tensors[name]
+        for changes in draft.changes
+        if changes is not None
+        for name, update in changes.updates.items()
+        if isinstance(update, LoraUpdate)
+    }
+
+
+def _with_base(task: Task, weight: TensorInfo, draft: Draft) -> Task:
+    """Let a task read the base's weight, for DoRA's norms."""
+    lifted = weight.numel * ITEM_SIZES[draft.compute_dtype]
+    peak = task.peak_bytes + 2 * min(lifted, 4 * draft.piece_elements * 8)
+    read = task.read_bytes + weight.nbytes
+    return replace(task, base=weight.name, batch=None, peak_bytes=peak, read_bytes=read)
 
 
 def _output(
@@ -68,6 +108,7 @@ def _output(
     method: MergeMethod,
     adapters: Sequence[LoraAdapter],
     modules: dict[str, JoinedLora],
+    base: Source | None,
 ) -> LoraOutput:
     bounds, rule = {}, request.rank
     for name, module in modules.items():
@@ -91,7 +132,33 @@ def _output(
             "fan_in_fan_out": first.value("fan_in_fan_out", bool, False),
             "modules_to_save": saved,
         },
+        dora=request.form == "dora",
+        style=adapters[0].style if request.style == "auto" else request.style,
+        names=_written_names(request, adapters[0].style, modules, base),
     )
+
+
+def _written_names(
+    request: MergeRequest, own: LoraStyle, modules: Iterable[str], base: Source | None
+) -> dict[str, str]:
+    """Return what the format of the output calls each module."""
+    wanted = request.style
+    if wanted == "auto" or wanted == own:
+        return {name: name for name in modules}
+    tensors = base.checkpoint.tensors if base else ()
+    paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    encoders = {part for name in modules if (part := component_of(name) or "").startswith("text_")}
+    return {
+        name: converted_module(
+            name,
+            own,
+            wanted,
+            component=request.component,
+            encoders=len(encoders),
+            base_modules=paths,
+        )
+        for name in modules
+    }
 
 
 def _factors_task(
@@ -130,7 +197,10 @@ def _factors_task(
 
 
 def _agreement_problems(
-    request: MergeRequest, adapters: Sequence[LoraAdapter], modules: dict[str, JoinedLora]
+    request: MergeRequest,
+    adapters: Sequence[LoraAdapter],
+    modules: dict[str, JoinedLora],
+    base: Source | None,
 ) -> list[OrthoMergeError]:
     """Return why these adapters do not belong together, or cannot be one adapter."""
     problems: list[OrthoMergeError] = []
@@ -148,6 +218,16 @@ def _agreement_problems(
                 "pass --assume-same-base.",
             )
         )
+    styles = {adapter.style: adapter.origin for adapter in adapters}
+    if len(styles) > 1:
+        problems.append(
+            AdapterError(
+                "the adapters are of different formats, which name modules differently",
+                found=", ".join(f"{style} ({origin})" for style, origin in styles.items()),
+                remedy="Bring them to one format first: orthomerge merge ONE --method passthrough "
+                "--style diffusers -o OUT.safetensors.",
+            )
+        )
     flags = {adapter.config.value("fan_in_fan_out", bool, False) for adapter in adapters}
     if len(flags) > 1:
         problems.append(
@@ -157,12 +237,23 @@ def _agreement_problems(
             )
         )
     dora = next((module for module in modules.values() if module.dora), None)
-    if dora is not None:
+    if dora is not None and request.form != "dora":
+        known = "" if base else "Pass --base (in a recipe: base), the model they were trained on. "
         problems.append(
             AdapterError(
                 "DoRA scales the rows of the base's weights, which no low-rank change can express",
                 tensor=dora.name,
-                remedy="Pass --base (in a recipe: base), the model that they were trained on.",
+                remedy=f"{known}With --base the result is a full checkpoint, with --as dora as "
+                "well a DoRA adapter.",
+            )
+        )
+    biased = next((module for module in modules.values() if module.biased), None)
+    if biased is not None and request.form == "dora":
+        problems.append(
+            AdapterError(
+                "PEFT has no biases of B beside magnitudes",
+                tensor=biased.name,
+                remedy="Pass --as full.",
             )
         )
     absent = [m.name for m in modules.values() if None in m.parts]
