@@ -6,7 +6,7 @@ Modules of equal shape may come as one batch; nothing here forms a dense change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
 from orthomerge.merging.plan import Task
 
@@ -168,7 +168,7 @@ def _write(
         written = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item()
     else:
-        stored, kept = _write_adapter(task, module, inputs.base, merged, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, scales, context)
         written, facts = stored.norm().item(), {**facts, **kept}
     digests = _digests(module, inputs.base, context)
     return {"digests": digests, "facts": facts, "written_norm": written}
@@ -177,7 +177,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    base: BaseWeight | None,
+    inputs: _Inputs,
     merged: Factors,
     scales: Tensor | None,
     context: Context,
@@ -189,10 +189,10 @@ def _write_adapter(
     norm = kept.norm().item()
     magnitude = bias = None
     if context.plan.lora.dora:
-        assert base is not None
-        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+        assert inputs.base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, context)
+        bias = _bias(task, module, inputs, context)
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
@@ -225,13 +225,18 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
-    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
-    total = torch.zeros(module.rows, dtype=context.compute)
-    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
-        own = adapter.bias(part.name, context.compute) if part else None
-        total = total if own is None else total + weight * own
-    return total * context.factor
+def _bias(task: Task, module: JoinedLora, inputs: _Inputs, context: Context) -> Tensor:
+    """Return the change of the bias, merged as the method merges a full model's biases."""
+    adapters, vectors = _adapters(context), []
+    for at in inputs.positions:
+        part = module.parts[at]
+        own = adapters[at].bias(part.name, context.compute) if part else None
+        vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
+    draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
+    merged = merge_vectors(
+        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+    )
+    return merged * context.factor
 
 
 def _digests(
