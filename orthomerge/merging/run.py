@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthomerge.adapters.config import CONFIG_NAME
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
 from orthomerge.errors import (
@@ -50,6 +53,14 @@ class MergeResult:
     seconds: float
     resumed_tensors: int = 0
     details: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def adapter(self) -> AdapterState | None:
+        """The merged PEFT adapter of a merge in memory, for ``adapters`` and PEFT itself."""
+        config = self.plan.written_files.get(CONFIG_NAME)
+        if self.tensors is None or config is None:
+            return None
+        return AdapterState(self.tensors, json.loads(config), "merged adapter")
 
     @property
     def rotations(self) -> dict[str, dict[str, float]]:
