@@ -63,8 +63,8 @@ def judge_updates(comparison: Comparison) -> MergeVerdict:
     """Say in plain words what the measurements mean.
 
     Decoupling will not matter if the imbalance is below ``IMBALANCED`` and MV of columns below
-    ``UNEVEN_COLUMNS``; orthogonalising will not if the overlaps of both sides, at equal sizes, are below
-    ``NO_OVERLAP``.
+    ``UNEVEN_COLUMNS``; orthogonalising will not if the overlaps of both sides, at equal sizes, are
+    below ``NO_OVERLAP``.
 
     Args:
         comparison: The measurements.
@@ -134,7 +134,7 @@ def _on_imbalance(total: TotalComparison, ratio: float) -> Iterator[str]:
     share = total.shares[loud] or 0.0
     yield (
         f"Adapter {loud + 1} is {ratio:.3g} times as loud as adapter {quiet + 1} and holds "
-        f"{share:.1%} of the energy{_sum_words(total, loud, quiet)}."
+        f"{'over ' if share > 0.999 else ''}{min(share, 0.999):.1%} of the energy{_sum_words(total, loud, quiet)}."
     )
     yield f"decouple_strength would trade loud for quiet. {_TRADE}"
     yield "Weights (--weight) are the other lever."

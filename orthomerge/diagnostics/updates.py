@@ -22,7 +22,7 @@ from orthomerge.diagnostics.interference import (
 )
 from orthomerge.errors import NumericalError
 from orthomerge.linalg.factors import Factors, balancing, concatenated, gram, singular_values
-from orthomerge.linalg.orthogonal_stacks import mean_principal_cosine
+from orthomerge.linalg.orthogonal_stacks import mean_principal_cosine, whitened_stack
 from orthomerge.linalg.precision import full_precision
 
 __all__ = [
@@ -263,7 +263,9 @@ class _Stack:
         return SideComparison(
             overlap=_overlap(squares),
             even_overlap=_overlap(squares / (own[:, None] * own)),
-            principal_cosine=mean_principal_cosine(G, self.ranks).item(),
+            principal_cosine=mean_principal_cosine(
+                whitened_stack(G, self.ranks), self.ranks
+            ).item(),
             chance=_chance(ranks, d),
             **method,
         )
