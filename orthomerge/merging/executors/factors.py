@@ -29,6 +29,7 @@ from orthomerge.merging.executors.onto_base import (
 )
 from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
 __all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
@@ -88,6 +89,8 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(module, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
             details.append(_write(task, module, inputs, result, facts, context))
@@ -150,6 +153,23 @@ def _measure(
         context.norms.add_squares(merged.norm().item() ** 2, total**2)
     if context.spectra is not None:
         context.spectra[module.name] = singular_values(merged).tolist()
+
+
+def _observed(
+    task: Task,
+    module: JoinedLora,
+    inputs: _Inputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
 
 
 def _write(
