@@ -158,7 +158,7 @@ def _measure(
 def _observed(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     own: Sequence[Factors],
     merged: Factors,
     facts: dict[str, Any],
@@ -197,7 +197,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     merged: Factors,
     scales: Tensor | None,
     context: Context,
@@ -245,7 +245,7 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, inputs: _Inputs, context: Context) -> Tensor:
+def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
     """Return the change of the bias, merged as the method merges a full model's biases."""
     adapters, vectors = _adapters(context), []
     for at in inputs.positions:
