@@ -315,7 +315,7 @@ def _finish(
         half=None if half is None else (half[0].to(dtype), half[1].to(dtype), half[2].to(dtype)),
     )
     if found.misfit is not None:
-        if found.moved is not None:
+        if found.moved is not None and fit.frame is not None:
             step = (found.moved.to(dtype) @ fit.frame.mT) * base.unit
             fit = replace(fit, rotated=base.weight + step)
         return replace(fit, residual=float(frobenius(found.misfit)) * base.unit)
