@@ -33,7 +33,7 @@ from orthomerge.adapters.lora_files import read_lora_file
 from orthomerge.adapters.lora_keys import lora_key, saved_key, saved_modules
 from orthomerge.adapters.lora_renaming import FlattenedNames, converted_module
 from orthomerge.adapters.lora_styles import LoraStyle
-from orthomerge.adapters.memory import AdapterState, adapter_states
+from orthomerge.adapters.memory import AdapterState, adapter_states, load_adapter_state
 from orthomerge.adapters.negation import negated
 from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.rotated import OftModule, RotationAdapter, TensorSource
@@ -76,6 +76,7 @@ __all__ = [
     "dora_left_factor",
     "dora_magnitudes",
     "dora_scales",
+    "load_adapter_state",
     "lora_config",
     "lora_key",
     "lora_tensors",

@@ -22,7 +22,7 @@ from orthomerge.errors import AdapterError, MissingExtraError, UnknownNameError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterState", "adapter_states", "state_config"]
+__all__ = ["AdapterState", "adapter_states", "load_adapter_state", "state_config"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,6 +109,47 @@ def adapter_states(model: Any, names: Sequence[str] | str | None = None) -> list
         }
         states.append(AdapterState(tensors, _plain(configs[name].to_dict()), name))
     return states
+
+
+def load_adapter_state(model: Any, state: AdapterState, name: str) -> None:
+    """Add an adapter in memory to a loaded PEFT model, under a name of its own.
+
+    The adapter that is active stays active; ``model.set_adapter(name)`` switches to the new one.
+
+    Args:
+        model: A ``PeftModel``.
+        state: The adapter.
+        name: Its name in the model.
+
+    Raises:
+        AdapterError: The model has an adapter of this name, or no place for some of the tensors.
+        MissingExtraError: PEFT is not installed.
+    """
+    try:
+        from peft import set_peft_model_state_dict
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import PeftType
+    except ImportError as error:
+        raise MissingExtraError("peft", "demo", "Adding an adapter to a PEFT model") from error
+
+    if name in getattr(model, "peft_config", {}):
+        raise AdapterError(
+            f"the model has an adapter '{name}' already",
+            file=state.name,
+            remedy="Choose another name, or model.delete_adapter it first.",
+        )
+    values = dict(state.config)
+    kind = PeftType(str(values.pop("peft_type")).upper())
+    model.add_adapter(name, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values))
+    loaded = set_peft_model_state_dict(model, dict(state.tensors), adapter_name=name)
+    if loaded.unexpected_keys:
+        model.delete_adapter(name)
+        raise AdapterError(
+            "the model has no place for this tensor of the adapter",
+            file=state.name,
+            tensor=loaded.unexpected_keys[0],
+            remedy="Load it into the base model that the adapters were trained on.",
+        )
 
 
 def _check_complete(

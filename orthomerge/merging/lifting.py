@@ -26,6 +26,7 @@ __all__ = [
     "lifted",
     "lifted_coordinates",
     "merge_factors",
+    "merge_vectors",
     "run_nested_factors",
 ]
 
@@ -173,6 +174,35 @@ def merge_factors(
     if method.factors is not None:
         return method.call_on_factors(factors, folded=folded, **given)
     return lifted(method, factors, **given)
+
+
+def merge_vectors(
+    method: MergeMethod,
+    vectors: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    draws: Any = None,
+    **parameters: Any,
+) -> Tensor:
+    """Merge vectors that go along with factors, biases, as the method merges a full model's.
+
+    Methods of low-rank factors know no vectors: theirs are ``Σ w_i v_i``.
+
+    Args:
+        method: The method that merged the factors.
+        vectors: v_i, one per model.
+        weights: One per model.
+        draws: Random numbers.
+        **parameters: The method's.
+    """
+    zero = torch.zeros_like(vectors[0])
+    if method.space is Space.FACTORS:
+        return sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
+    if method.space is Space.WEIGHT:
+        merged: Tensor = method.call(vectors, weights=weights, **parameters).tensor
+        return merged
+    choice = {"method": method.name, **parameters}
+    return run_nested(choice, zero, vectors, weights=weights, role="other", draws=draws)
 
 
 def run_nested_factors(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orthomerge.adapters.lora_styles import LoraStyle
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
@@ -57,7 +58,7 @@ class MergeRequest:
     """Everything a user can ask of one merge, as plain values.
 
     Args:
-        models: The models to merge: paths, hub names or state dicts.
+        models: The models to merge: paths, hub names, state dicts or adapters in memory.
         base: The model they were fine-tuned from.
         method: Method id; None lets the sources decide.
         weights: One value per model (scalar, gradient or rules); None for the default everywhere.
@@ -88,7 +89,7 @@ class MergeRequest:
         recipe: The user's settings as they should appear in the provenance.
     """
 
-    models: tuple[CheckpointSource, ...]
+    models: tuple[CheckpointSource | AdapterState, ...]
     base: CheckpointSource | None = None
     method: str | None = None
     weights: tuple[Any, ...] | None = None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
 from orthomerge.merging.plan import MergeRequest, Plan
@@ -60,7 +61,7 @@ def plan_recipe(recipe: MergeRecipe) -> Plan:
 
 
 def plan(
-    models: Sequence[CheckpointSource],
+    models: Sequence[CheckpointSource | AdapterState],
     *,
     base: CheckpointSource | None = None,
     method: str | None = None,
@@ -77,7 +78,7 @@ def plan(
     """Check a merge and say what it would do, without reading a tensor.
 
     Args:
-        models: Paths, hub names (``hf:org/name``) or state dicts.
+        models: Paths, hub names (``hf:org/name``), state dicts, or adapters in memory.
         base: The model they were fine-tuned from, for methods that need it.
         method: Method id; None lets the sources decide.
         weights: One value per model: a number, a gradient, or rules.
@@ -121,7 +122,7 @@ def plan(
 
 
 def merge(
-    models: Sequence[CheckpointSource],
+    models: Sequence[CheckpointSource | AdapterState],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -131,7 +132,7 @@ def merge(
     """Merge models, in memory or into a published folder or file.
 
     Args:
-        models: Paths, hub names (``hf:org/name``) or state dicts.
+        models: Paths, hub names (``hf:org/name``), state dicts, or adapters in memory.
         resume: Continue an interrupted run of the same merge.
         overwrite: Replace an existing output.
         advance: Progress: called with input bytes as they are read, from any thread.

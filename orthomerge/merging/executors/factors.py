@@ -6,7 +6,7 @@ Modules of equal shape may come as one batch; nothing here forms a dense change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,9 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
 __all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
@@ -88,6 +89,8 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(module, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
             details.append(_write(task, module, inputs, result, facts, context))
@@ -152,6 +155,23 @@ def _measure(
         context.spectra[module.name] = singular_values(merged).tolist()
 
 
+def _observed(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
+
+
 def _write(
     task: Task,
     module: JoinedLora,
@@ -168,7 +188,7 @@ def _write(
         written = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item()
     else:
-        stored, kept = _write_adapter(task, module, inputs.base, merged, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, scales, context)
         written, facts = stored.norm().item(), {**facts, **kept}
     digests = _digests(module, inputs.base, context)
     return {"digests": digests, "facts": facts, "written_norm": written}
@@ -177,7 +197,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    base: BaseWeight | None,
+    inputs: FactorInputs,
     merged: Factors,
     scales: Tensor | None,
     context: Context,
@@ -189,10 +209,10 @@ def _write_adapter(
     norm = kept.norm().item()
     magnitude = bias = None
     if context.plan.lora.dora:
-        assert base is not None
-        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+        assert inputs.base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, context)
+        bias = _bias(task, module, inputs, context)
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
@@ -225,13 +245,18 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
-    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
-    total = torch.zeros(module.rows, dtype=context.compute)
-    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
-        own = adapter.bias(part.name, context.compute) if part else None
-        total = total if own is None else total + weight * own
-    return total * context.factor
+def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
+    """Return the change of the bias, merged as the method merges a full model's biases."""
+    adapters, vectors = _adapters(context), []
+    for at in inputs.positions:
+        part = module.parts[at]
+        own = adapters[at].bias(part.name, context.compute) if part else None
+        vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
+    draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
+    merged = merge_vectors(
+        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+    )
+    return merged * context.factor
 
 
 def _digests(
