@@ -29,13 +29,14 @@ from orthomerge.merging.executors.onto_base import (
 )
 from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
 
 
 @dataclass
-class _Inputs:
+class FactorInputs:
     """The factors of one or several modules of equal shape.
 
     Attributes:
@@ -54,10 +55,19 @@ class _Inputs:
     scales: list[Tensor | None] = field(default_factory=list)
     base: BaseWeight | None = None
 
+    @property
+    def folded(self) -> list[float]:
+        """By what each model's B is multiplied, compared with A; of the first module."""
+        module = self.modules[0]
+        found = [1.0 if part is None else part.scale for part in module.parts]
+        if module.kind == "embedding":  # which is turned: the scale is in its A
+            found = [1 / scale if scale else 0.0 for scale in found]
+        return [found[at] for at in self.positions]
+
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
-    inputs = _read(tasks, context)
+    inputs = read_factors(tasks, context)
     try:
         merged = merge_factors(
             context.plan.method,
@@ -65,6 +75,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             weights=inputs.weights,
             survey=context.survey,
             draws=context.draws(tasks[0], inputs.positions),
+            folded=inputs.folded,
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -78,6 +89,8 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(module, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
             details.append(_write(task, module, inputs, result, facts, context))
@@ -85,14 +98,14 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     return details
 
 
-def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+def read_factors(tasks: Sequence[Task], context: Context) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters = _adapters(context)
-    modules = [_module(task, context) for task in tasks]
+    modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     weights = [tasks[0].weights[at] for at in here]
-    inputs = _Inputs(modules, [], weights, here)
+    inputs = FactorInputs(modules, [], weights, here)
     if tasks[0].base is not None:
         inputs.base = BaseWeight(tasks[0], context)
         updates = module_updates(tasks[0], context)
@@ -109,7 +122,8 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
     return inputs
 
 
-def _module(task: Task, context: Context) -> JoinedLora:
+def joined_module(task: Task, context: Context) -> JoinedLora:
+    """Return the module that a task merges, over all adapters."""
     if task.base is None:
         return join_lora(next(name for name in task.models if name), _adapters(context))
     updates = module_updates(task, context)
@@ -141,10 +155,27 @@ def _measure(
         context.spectra[module.name] = singular_values(merged).tolist()
 
 
+def _observed(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
+
+
 def _write(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     merged: Factors,
     facts: dict[str, Any],
     context: Context,
@@ -166,7 +197,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     merged: Factors,
     scales: Tensor | None,
     context: Context,
@@ -214,7 +245,7 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, inputs: _Inputs, context: Context) -> Tensor:
+def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
     """Return the change of the bias, merged as the method merges a full model's biases."""
     adapters, vectors = _adapters(context), []
     for at in inputs.positions:
