@@ -29,23 +29,24 @@ class Contender:
         method: Id in orthomerge's catalogue, or a combination type of PEFT.
         parameters: What differs from the method's defaults.
         maker: ``orthomerge`` or ``peft``.
-        seeded: Whether it draws random numbers.
+        tuned: Whether to look for its best strength; not where its update points the same way
+            as another contender's.
     """
 
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     maker: str = "orthomerge"
-    seeded: bool = False
+    tuned: bool = True
 
 
 #: Every contender by the name it has in the results.
 CONTENDERS: dict[str, Contender] = {
     "task-arithmetic": Contender("task-arithmetic"),
-    "linear": Contender("linear"),
+    "linear": Contender("linear", tuned=False),  # task arithmetic / number of experts
     "ties": Contender("ties"),
-    "dare": Contender("dare", seeded=True),
-    "dare-ties": Contender("dare-ties", seeded=True),
-    "della": Contender("della", seeded=True),
+    "dare": Contender("dare"),
+    "dare-ties": Contender("dare-ties"),
+    "della": Contender("della"),
     "magnitude-prune": Contender("magnitude-prune"),
     "knots-ties": Contender("knots", {"op": "ties"}),
     "core-ties": Contender("core", {"op": "ties"}),

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,9 @@ def train_expert(
 def _trained(settings: ExpertSettings, train: Split, encoder: Encoder) -> tuple[list[float], Any]:
     kind = KINDS[settings.kind]
     torch.manual_seed(settings.init)
-    model = kind.prepare(load_base(encoder.folder)[0].to(encoder.device), kind.settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = kind.prepare(load_base(encoder.folder)[0].to(encoder.device), kind.settings)
     model.train()
     _without_dropout(model)
     parameters = [p for p in model.parameters() if p.requires_grad]

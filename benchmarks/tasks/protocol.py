@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ class Sizes:
 
     validation: int = 100
     test: int = 400
-    held_out: int = 200
+    held_out: int = 100
 
 
 def bits(correct: Tensor) -> str:
@@ -71,6 +72,7 @@ class Bench:
         self.encoder = encoder
         self.sizes = sizes
         self.tasks = list(examples)
+        self._expert = lru_cache(maxsize=len(self.tasks))(lambda f: read_update(f, encoder))
         self._parts: dict[str, dict[str, Tokens]] = {"validation": {}, "test": {}, "held_out": {}}
         for task, splits in examples.items():
             for part, split in (("validation", "validation"), ("test", "test"),
@@ -107,7 +109,7 @@ class Bench:
         correct: dict[str, str] = {}
         sizes = {}
         for task, folder in folders.items():
-            update = read_update(folder, self.encoder)
+            update = self._expert(folder)
             correct |= self.correct(update, 1.0, tasks=[task])
             sizes[task] = norm([update]) / norm([self.encoder.base])
         seconds = {"total": time.perf_counter() - started}
@@ -118,20 +120,17 @@ class Bench:
     ) -> dict[str, Any]:
         """Measure one merge method on one set of experts."""
         started = time.perf_counter()
-        updates = {task: read_update(folder, self.encoder) for task, folder in folders.items()}
+        updates = {task: self._expert(folder) for task, folder in folders.items()}
         merged = merged_update(contender, list(folders.values()), self.encoder, seed)
         own = norm([merged.update]) / norm(list(updates.values()))
-        tried = self._search(lambda strength: self.losses(merged.update, strength / own))
-        chosen = best(tried, self.tasks)
-        cell = {
-            "form": merged.form,
-            "refusal": merged.refusal,
-            "own_strength": own,
-            "validation": {str(strength): losses for strength, losses in tried.items()},
-            "strength": chosen,
-            "tuned": self.correct(merged.update, chosen / own),
-            "untuned": self.correct(merged.update, 1.0),
-        }
+        cell: dict[str, Any] = {"form": merged.form, "refusal": merged.refusal}
+        cell |= {"own_strength": own, "untuned": self.correct(merged.update, 1.0)}
+        tried = {}
+        if contender.tuned:
+            tried = self._search(lambda strength: self.losses(merged.update, strength / own))
+            chosen = best(tried, self.tasks)
+            cell |= {"validation": {str(s): losses for s, losses in tried.items()}}
+            cell |= {"strength": chosen, "tuned": self.correct(merged.update, chosen / own)}
         seconds = {"merge": merged.seconds}
         if self.sizes.held_out and len(self.tasks) > 2:
             cell |= self._held_out(contender, folders, seed, updates, tried)
@@ -158,20 +157,18 @@ class Bench:
 
         The strength is the one that the other tasks' validation texts prefer.
         """
-        found: dict[str, Any] = {
-            "held_out_tuned": {},
-            "held_out_untuned": {},
-            "held_out_strength": {},
-        }
+        names = ("held_out_untuned", *(("held_out_tuned", "held_out_strength") if tried else ()))
+        found: dict[str, Any] = {name: {} for name in names}
         for task in self.tasks:
             others = [name for name in self.tasks if name != task]
             sources = [folders[name] for name in others]
             update = merged_update(contender, sources, self.encoder, seed).update
-            strength = best(tried, others)
-            factor = strength * norm([updates[name] for name in others]) / norm([update])
-            found["held_out_strength"][task] = strength
-            found["held_out_tuned"] |= self.correct(update, factor, "held_out", [task])
             found["held_out_untuned"] |= self.correct(update, 1.0, "held_out", [task])
+            if tried:
+                strength = best(tried, others)
+                factor = strength * norm([updates[name] for name in others]) / norm([update])
+                found["held_out_strength"][task] = strength
+                found["held_out_tuned"] |= self.correct(update, factor, "held_out", [task])
         return found
 
 

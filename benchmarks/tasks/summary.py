@@ -1,4 +1,4 @@
-"""From measured cells to the figures of the report, and their tables."""
+"""From measured cells to the figures of the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tasks.contenders import REFERENCES
 from tasks.intervals import Outcomes, Resampled, difference, normalised, worst
 from tasks.protocol import unpacked
 
-__all__ = ["contrast_table", "family_summary", "method_table"]
+__all__ = ["family_summary"]
 
 Cells = Mapping[str, Mapping[int, Mapping[str, Any]]]
 
@@ -40,6 +40,7 @@ def family_summary(
                 found[setting] = _figures(sets, ours, experts, tasks)
         if "tuned" in found:
             found["strengths"] = [by_seed[seed]["strength"] for seed in seeds]
+        if "own_strength" in by_seed[seeds[0]]:
             found["own_strengths"] = [round(by_seed[s]["own_strength"], 3) for s in seeds]
             found["merge_seconds"] = min(by_seed[seed]["seconds"]["merge"] for seed in seeds)
         methods[name] = found
@@ -70,7 +71,7 @@ def _add_contrasts(
 ) -> None:
     for name, found in methods.items():
         for setting in ("tuned", "untuned"):
-            if "tuned" not in found:
+            if "own_strengths" not in found or setting not in found:
                 continue
             ours = _outcomes(cells[name], seeds, setting, count)
             found[setting]["minus"] = {
@@ -78,7 +79,7 @@ def _add_contrasts(
                     sets, ours, _outcomes(cells[other], seeds, setting, count)
                 ).record()
                 for other in REFERENCES
-                if other in cells and other != name
+                if other in cells and other != name and setting in cells[other][seeds[0]]
             }
 
 
@@ -100,63 +101,3 @@ def _add_held_out(
                 ours = _outcomes(cells[name], seeds, part, count)
                 found[setting]["held_out"] = sets.mean(ours).record()
                 found[setting]["held_out_minus_base"] = difference(sets, ours, base).record()
-
-
-def method_table(summary: Mapping[str, Any]) -> list[str]:
-    """Return one row per method of one family, in percent, best tuned accuracy first."""
-    rows = [
-        "| method | tuned, mean of the tasks | normalised | worst task | strength "
-        "| untuned | own strength | task without expert, minus base | form |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
-    ]
-    methods = summary["methods"]
-
-    def place(name: str) -> tuple[bool, float]:
-        found = methods[name]
-        best = found.get("tuned", found["untuned"])
-        return "tuned" in found, -best["accuracy"]["value"]
-
-    for name in sorted(methods, key=place):
-        found = methods[name]
-        best = found.get("tuned", found["untuned"])
-        tuned = "tuned" in found
-        cells = [
-            name,
-            _percent(best["accuracy"]),
-            f"{100 * best['normalised']['value']:.1f}",
-            f"{100 * best['worst_task']['value']:.1f}",
-            " ".join(f"{s:g}" for s in found["strengths"]) if tuned else "",
-            _percent(found["untuned"]["accuracy"]) if tuned else "",
-            " ".join(f"{s:.2f}" for s in found["own_strengths"]) if tuned else "",
-            _signed(best["held_out_minus_base"]) if tuned and "held_out" in best else "",
-            (found["form"] or "") if tuned else "",
-        ]
-        rows.append("| " + " | ".join(cells) + " |")
-    return rows
-
-
-def contrast_table(summary: Mapping[str, Any], setting: str) -> list[str]:
-    """Return one row per method: its difference to each reference, with both intervals."""
-    names = {n: f[setting]["minus"] for n, f in summary["methods"].items() if "tuned" in f}
-    columns = [r for r in REFERENCES if any(r in minus for minus in names.values())]
-    rows = [
-        "| method | " + " | ".join(f"minus {column}" for column in columns) + " |",
-        "|---|" + "--:|" * len(columns),
-    ]
-    for name, minus in names.items():
-        cells = [_signed(minus[c], seeds=True) if c in minus else "" for c in columns]
-        rows.append("| " + " | ".join([name, *cells]) + " |")
-    return rows
-
-
-def _percent(figure: Mapping[str, Any]) -> str:
-    low, high = figure["interval_texts_and_seeds"]
-    return f"{100 * figure['value']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _signed(figure: Mapping[str, Any], *, seeds: bool = False) -> str:
-    low, high = figure["interval_texts_and_seeds"]
-    text = f"{100 * figure['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    if seeds:
-        text += " (" + ", ".join(f"{100 * value:+.1f}" for value in figure["per_seed"]) + ")"
-    return text
