@@ -73,6 +73,25 @@ Missing = Annotated[
     str | None,
     typer.Option("--missing", help="Tensors not in every model: error, copy-base or skip."),
 ]
+Form = Annotated[
+    str | None, typer.Option("--as", help="What LoRA adapters become: lora, dora or full.")
+]
+Rank = Annotated[
+    str | None,
+    typer.Option("--rank", help="Of a merged LoRA: a number, energy:0.99 or parameters:1000000."),
+]
+Absent = Annotated[
+    str | None,
+    typer.Option("--absent", help="Modules not in every LoRA adapter: zero, skip or error."),
+]
+Heads = Annotated[
+    str | None,
+    typer.Option("--heads", help="Trained heads of several adapters: average, error or keep:N."),
+]
+SameBase = Annotated[
+    bool | None,
+    typer.Option("--assume-same-base", help="Merge adapters that name different base models."),
+]
 NormMatched = Annotated[
     float | None,
     typer.Option("--norm-matched", help="Size of the update / size of the sum of all changes."),

@@ -30,6 +30,11 @@ def merge(
     compute_dtype: opt.ComputeDtype = None,
     max_shard_size: opt.ShardSize = None,
     missing: opt.Missing = None,
+    form: opt.Form = None,
+    rank: opt.Rank = None,
+    absent: opt.Absent = None,
+    heads: opt.Heads = None,
+    assume_same_base: opt.SameBase = None,
     norm_matched: opt.NormMatched = None,
     back_map: opt.BackMap = None,
     memory_budget: opt.Budget = None,
@@ -55,8 +60,9 @@ def merge(
     merged = opt.gather_recipe(
         models, recipe, weights, settings,
         base=base, method=method, missing=missing, norm_matched=norm_matched,
+        adapters__absent=absent, adapters__heads=heads, adapters__assume_same_base=assume_same_base,
         output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size,
-        output__back_map=back_map,
+        output__back_map=back_map, output__form=form, output__rank=rank,
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip

@@ -6,6 +6,7 @@ Importing this room imports neither torch nor PEFT; functions that need tensors 
 from orthomerge.adapters.boft import BoftAdapter
 from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from orthomerge.adapters.convention import EXACT, Kind, OftConvention
+from orthomerge.adapters.dora import dora_left_factor, dora_magnitudes, dora_scales
 from orthomerge.adapters.effective import (
     BackMap,
     apply_left_rotation,
@@ -22,7 +23,14 @@ from orthomerge.adapters.export import (
 from orthomerge.adapters.hra import HraAdapter
 from orthomerge.adapters.keys import PREFIX, base_tensor_name, base_weight_name, strip_prefix
 from orthomerge.adapters.lora import LoraAdapter, LoraModule
-from orthomerge.adapters.lora_export import lora_config, lora_key, lora_tensors
+from orthomerge.adapters.lora_export import (
+    lora_config,
+    lora_key,
+    lora_tensors,
+    padded_factors,
+    saved_key,
+    saved_modules,
+)
 from orthomerge.adapters.negation import negated
 from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.rotated import OftModule, RotationAdapter, TensorSource
@@ -56,6 +64,9 @@ __all__ = [
     "base_weight_name",
     "common_convention",
     "common_setting",
+    "dora_left_factor",
+    "dora_magnitudes",
+    "dora_scales",
     "lora_config",
     "lora_key",
     "lora_tensors",
@@ -63,8 +74,11 @@ __all__ = [
     "negated",
     "oft_config",
     "oft_key",
+    "padded_factors",
     "read_adapter_config",
     "rotation",
+    "saved_key",
+    "saved_modules",
     "stored_from_canonical",
     "strip_prefix",
 ]

@@ -72,6 +72,11 @@ class LoraModule:
         magnitude = () if self.magnitude_key is None else (self.magnitude_key,)
         return (self.a_key, self.b_key, *magnitude)
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Every tensor of the adapter that belongs to the module."""
+        return (*self.weight_keys, *(() if self.bias_key is None else (self.bias_key,)))
+
 
 @dataclass(frozen=True)
 class LoraAdapter:
@@ -125,6 +130,13 @@ class LoraAdapter:
         span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         rs = ", rsLoRA" if self.config.value("use_rslora", bool, False) else ""
         return f"LoRA adapter (rank {span}{rs}{', DoRA' if self.dora else ''})"
+
+    def bias(self, module_name: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return the change of the module's bias, scale folded in, or None."""
+        module = self.modules[module_name]
+        if module.bias_key is None:
+            return None
+        return module.scale * read_finite(self.source, module.bias_key, dtype)
 
     def factors(self, module_name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (B [o, r], A [r, n]) with the scale in B: the change of the weight is B A.

@@ -15,6 +15,15 @@ if TYPE_CHECKING:
     from orthomerge.linalg.checks import frobenius, orthogonality, require_finite, skewness
     from orthomerge.linalg.devices import require_device
     from orthomerge.linalg.energy import EnergyReport, hyperspherical_energy
+    from orthomerge.linalg.factors import (
+        Factors,
+        balanced,
+        balancing,
+        concatenated,
+        gram,
+        singular_values,
+        truncated,
+    )
     from orthomerge.linalg.logarithms import (
         cayley_angles,
         cayley_from_log,
@@ -25,6 +34,12 @@ if TYPE_CHECKING:
     )
     from orthomerge.linalg.lowrank import leading_directions, orthonormal_frame
     from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction, merge_algebra
+    from orthomerge.linalg.orthogonal_stacks import (
+        StackSolver,
+        StackTransform,
+        mean_principal_cosine,
+        orthogonalise_stack,
+    )
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
     from orthomerge.linalg.precision import full_precision
@@ -38,6 +53,7 @@ if TYPE_CHECKING:
     from orthomerge.linalg.rotation_means import KarcherReport, karcher_mean
     from orthomerge.linalg.rotations import apply_cayley, cayley, cayley_neumann, inverse_cayley
     from orthomerge.linalg.skew import pack_skew, unpack_skew
+    from orthomerge.linalg.stack_descent import adam_stack
     from orthomerge.linalg.triangular import block_size, packed_width
     from orthomerge.linalg.truncation import Truncation, truncated_svd
 
@@ -46,6 +62,7 @@ __all__ = [
     "AlgebraSum",
     "Correction",
     "EnergyReport",
+    "Factors",
     "KarcherReport",
     "PlanesReport",
     "PolarMethod",
@@ -53,26 +70,35 @@ __all__ = [
     "ProcrustesBase",
     "ProcrustesFit",
     "ProcrustesMeanReport",
+    "StackSolver",
+    "StackTransform",
     "Truncation",
+    "adam_stack",
     "align_blocks",
     "apply_cayley",
     "automatic_anchor",
+    "balanced",
+    "balancing",
     "block_size",
     "cayley",
     "cayley_angles",
     "cayley_from_log",
     "cayley_neumann",
+    "concatenated",
     "exp_so",
     "frobenius",
     "full_precision",
+    "gram",
     "hyperspherical_energy",
     "inverse_cayley",
     "karcher_mean",
     "leading_directions",
     "log_from_cayley",
     "log_so",
+    "mean_principal_cosine",
     "merge_algebra",
     "merge_planes",
+    "orthogonalise_stack",
     "orthogonality",
     "orthonormal_frame",
     "pack_skew",
@@ -88,7 +114,9 @@ __all__ = [
     "rotate_columns",
     "rotation_angles",
     "rotational_limit",
+    "singular_values",
     "skewness",
+    "truncated",
     "truncated_svd",
     "unpack_skew",
 ]
@@ -115,6 +143,15 @@ _MODULES = {
         "EnergyReport",
         "hyperspherical_energy",
     ),
+    "factors": (
+        "Factors",
+        "balanced",
+        "balancing",
+        "concatenated",
+        "gram",
+        "singular_values",
+        "truncated",
+    ),
     "logarithms": (
         "cayley_angles",
         "cayley_from_log",
@@ -132,6 +169,12 @@ _MODULES = {
         "AlgebraSum",
         "Correction",
         "merge_algebra",
+    ),
+    "orthogonal_stacks": (
+        "StackSolver",
+        "StackTransform",
+        "mean_principal_cosine",
+        "orthogonalise_stack",
     ),
     "planes": (
         "PlanesReport",
@@ -161,6 +204,7 @@ _MODULES = {
         "pack_skew",
         "unpack_skew",
     ),
+    "stack_descent": ("adam_stack",),
     "truncation": ("Truncation", "truncated_svd"),
     "triangular": (
         "block_size",

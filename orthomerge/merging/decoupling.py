@@ -19,6 +19,7 @@ from orthomerge.linalg.means import AlgebraMerge, AlgebraSum, Correction
 from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
+from orthomerge.merging.draws import Draws
 from orthomerge.merging.modes import resolved
 from orthomerge.merging.nesting import run_nested
 from orthomerge.merging.registry import Merged
@@ -93,6 +94,7 @@ def merge_decoupled(
     settings: Settings,
     role: str,
     survey: Any = None,
+    draws: Draws | None = None,
 ) -> Merged:
     """Merge one layer: rotations in the Lie algebra, residuals by the nested method."""
     if not any(bool(delta.any()) for delta in deltas):
@@ -107,7 +109,7 @@ def merge_decoupled(
         facts: dict[str, Any] = {"stack": [part[2] for part in parts]}
     else:
         rotated, residuals, facts = _merge_rotations(base, deltas, weights, settings, role)
-    nested = {"weights": weights, "role": role, "survey": survey}
+    nested = {"weights": weights, "role": role, "survey": survey, "draws": draws}
     return Merged(run_nested(settings.residual, rotated, residuals, **nested), facts)
 
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 
-from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.checkpoints.writer import MemoryWriter, TensorSink
 from orthomerge.linalg.precision import full_precision
-from orthomerge.merging.executors import EXECUTORS, Context, Interrupted
+from orthomerge.merging.batching import batched_tasks
+from orthomerge.merging.executors import Context, Interrupted, run_tasks
 from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.surveys import model_survey
 
-__all__ = ["Interrupted", "execute"]
+__all__ = ["Interrupted", "execute", "measure_spectra"]
 
 
 def execute(
@@ -72,22 +73,36 @@ def _matched_factor(plan: Plan, context: Context) -> float:
     return norms.factor(plan.request.norm_matched)
 
 
+def measure_spectra(plan: Plan) -> dict[str, list[float]]:
+    """Run the merge of a LoRA adapter without writing; return each module's singular values."""
+    nowhere = MemoryWriter({})
+    context = Context(plan, nowhere, spectra={})
+    with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+        context.survey = model_survey(context)
+        _run_all([task for task in plan.tasks if task.kind == "factors"], context)
+    assert context.spectra is not None
+    return context.spectra
+
+
 def _run_all(tasks: Sequence[Task], context: Context) -> dict[str, Any]:
     budget = _Budget(context.plan.budget_bytes)
+    batches = batched_tasks(tasks, context.plan)
     done: dict[str, Any] = {}
 
     def work(position: int) -> None:
-        task = tasks[position]
-        with budget.admitted(task.peak_bytes), torch.inference_mode():
+        batch = batches[position]
+        with budget.admitted(sum(task.peak_bytes for task in batch)), torch.inference_mode():
             context.check_stop()
-            _prefetch(tasks, position + context.plan.workers, context)
-            details = EXECUTORS[task.kind](task, context)
-            if not context.measuring:
-                context.sink.finish(task.name, details)
-            done[task.name] = details
+            _prefetch(batches, position + context.plan.workers, context)
+            for task, details in zip(batch, run_tasks(batch, context), strict=True):
+                if not context.measuring:
+                    for partner in task.partners:  # so that a finished task has all its outputs
+                        context.sink.finish(partner.name, {})
+                    context.sink.finish(task.name, details)
+                done[task.name] = details
 
     with ThreadPoolExecutor(context.plan.workers, thread_name_prefix="orthomerge") as pool:
-        futures = [pool.submit(work, position) for position in range(len(tasks))]
+        futures = [pool.submit(work, position) for position in range(len(batches))]
         try:
             _wait(futures, context)
         finally:
@@ -129,9 +144,9 @@ class _Budget:
                 self._changed.notify_all()
 
 
-def _prefetch(tasks: Sequence[Task], position: int, context: Context) -> None:
-    if position < len(tasks):
-        for checkpoint, name in context.checkpoints(tasks[position]):
+def _prefetch(batches: Sequence[Sequence[Task]], position: int, context: Context) -> None:
+    if position < len(batches):
+        for checkpoint, name in context.checkpoints(batches[position][0]):
             if name is not None and name in checkpoint.tensors:
                 checkpoint.prefetch(name)
 

@@ -9,27 +9,37 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import RecipeError, UnknownNameError
-from orthomerge.merging.registry import all_methods, get_method
+from orthomerge.merging.registry import MergeMethod, all_methods, get_method
 from orthomerge.merging.spaces import Space
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["nested_method", "run_nested"]
+    from orthomerge.merging.draws import Draws
+
+__all__ = ["nested_method", "run_nested", "unfit_nested"]
 
 
-def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
+def nested_method(
+    parameter: str, value: Mapping[str, Any], space: Space = Space.DELTA
+) -> dict[str, Any]:
     """Return ``{"method": name, parameter: value, ...}`` with every parameter filled in.
+
+    Args:
+        parameter: The outer method's parameter, for messages.
+        value: What was given for it.
+        space: What the outer method hands on: changes of weights, or low-rank factors.
 
     Raises:
         UnknownNameError: No such method, or no such parameter of it.
         RecipeError: The method does not merge task vectors, or a value is out of range.
     """
     method = get_method(value["method"])
-    legal = [m.name for m in all_methods().values() if m.space is Space.DELTA and not m.nests]
+    legal = [name for name, known in all_methods().items() if _fits(known, space)]
     if method.name not in legal:
+        what = "task vectors" if space is Space.DELTA else "low-rank factors"
         raise RecipeError(
-            f"parameter '{parameter}' needs a method that merges task vectors",
+            f"parameter '{parameter}' needs a method that merges {what}",
             expected=" | ".join(legal),
             found=method.name,
         )
@@ -41,6 +51,21 @@ def nested_method(parameter: str, value: Mapping[str, Any]) -> dict[str, Any]:
     return {"method": method.name, **filled}
 
 
+def _fits(method: MergeMethod, space: Space) -> bool:
+    task_vectors = method.space is Space.DELTA and not method.nests
+    if space is Space.DELTA:
+        return task_vectors
+    return method.factors is not None or (task_vectors and "additive" in method.laws)
+
+
+def unfit_nested(choice: Mapping[str, Any] | None, shape: tuple[int, ...], role: str) -> str | None:
+    """Return why the method that a nested parameter names cannot merge a tensor, or None."""
+    method = get_method(choice["method"]) if choice else None
+    if choice is None or method is None or method.unfit is None:
+        return None
+    return method.unfit(shape, role, {key: choice[key] for key in method.parameters})
+
+
 def run_nested(
     choice: Mapping[str, Any],
     base: Tensor,
@@ -49,6 +74,7 @@ def run_nested(
     weights: Sequence[float],
     role: str,
     survey: Any = None,
+    draws: Draws | None = None,
 ) -> Tensor:
     """Merge whole tensors with the method a nested parameter names.
 
@@ -59,6 +85,7 @@ def run_nested(
         weights: One per model.
         role: What the tensor is in the model.
         survey: The method's survey of the whole model; None to look at these tensors alone.
+        draws: The outer method's random numbers, for a method that draws.
     """
     from orthomerge.merging.streams import HeldStream
 
@@ -67,5 +94,8 @@ def run_nested(
     if method.survey is not None and survey is None:
         streams = [HeldStream(delta) for delta in deltas]
         survey = method.survey(streams, weights=weights, **arguments)
-    merged = method.call(base, deltas, weights=weights, survey=survey, role=role, **arguments)
-    return merged.tensor
+    supplied = {"weights": weights, "survey": survey, "role": role}
+    if draws is not None:
+        supplied["draws"] = draws.by(method.name)
+    merged: Tensor = method.call(base, deltas, **supplied, **arguments).tensor
+    return merged

@@ -33,14 +33,19 @@ class UpdateNorms:
     def add(self, update: Tensor, deltas: Sequence[Tensor], origin: Tensor | None = None) -> None:
         """Count one piece in; without a base to which it is added, ``origin`` is None."""
         total = sum(deltas[1:], deltas[0])
-        squares = [
-            torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
-            for values in (update, total, *([] if origin is None else [origin]))
-        ]
+        self.add_squares(
+            *(
+                torch.linalg.vector_norm(values, dtype=torch.float64).item() ** 2
+                for values in (update, total, *([] if origin is None else [origin]))
+            )
+        )
+
+    def add_squares(self, update: float, total: float, *origin: float) -> None:
+        """Count squared norms in: of an update, of the sum of the changes, of the base."""
         with self._lock:
-            self._updates.append(squares[0])
-            self._sums.append(squares[1])
-            self._origins += squares[2:]
+            self._updates.append(update)
+            self._sums.append(total)
+            self._origins += origin
 
     def factor(self, strength: float) -> float:
         """Return what the update is multiplied by for a norm-matched strength.

@@ -1,8 +1,9 @@
 """Parameters of merge methods: declared by a method's signature, checked from plain values.
 
 A parameter is a keyword-only argument with a default; its annotation says what is allowed
-(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, ``Annotated[..., Between(...)]``, each
-with ``| None`` for "let the method decide", or ``NestedMethod``). How a value may vary from tensor
+(``float``, ``int``, ``bool``, ``str``, ``Literal[...]``, a number ``| Literal[...]`` for words in
+its place, ``Annotated[..., Between(...)]``, each with ``| None`` for "let the method decide", or
+``NestedMethod``). How a value may vary from tensor
 to tensor is in ``rules``.
 """
 
@@ -17,8 +18,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from orthomerge.errors import RecipeError
+from orthomerge.merging.spaces import Space
 
-__all__ = ["Between", "Density", "NestedMethod", "Parameter", "declared_parameters"]
+__all__ = [
+    "Between",
+    "Density",
+    "NestedLoraMethod",
+    "NestedMethod",
+    "Parameter",
+    "declared_parameters",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +52,19 @@ class Between:
         return f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
 
 
+@dataclass(frozen=True, slots=True)
 class _Nested:
     """Marks a parameter whose value names another method, with that method's parameters."""
+
+    space: Space = Space.DELTA
 
 
 #: Another method of DELTA space, as its name or as ``{method: name, parameter: value, ...}``; None
 #: lets the outer method decide. The function gets the mapping with every parameter filled in.
 NestedMethod = Annotated[Mapping[str, Any] | None, _Nested()]
+
+#: Likewise, a method that can merge low-rank factors.
+NestedLoraMethod = Annotated[Mapping[str, Any] | None, _Nested(Space.FACTORS)]
 
 #: The kept fraction of a task vector's entries.
 Density = Annotated[float, Between(0, 1, open_low=True)]
@@ -72,10 +87,11 @@ class Parameter:
         name: As written in recipes and with ``--set``.
         kind: ``float``, ``int``, ``bool`` or ``str``; ``dict`` for a nested method.
         default: Its default.
-        choices: Allowed strings, for a choice.
+        choices: Allowed strings, for a choice; beside a number, words that may take its place.
         bounds: Allowed range, for a number.
         help: One line from the method's docstring.
         optional: Whether null may be given, which lets the method decide.
+        nested_space: What a nested method must merge.
     """
 
     name: str
@@ -85,13 +101,14 @@ class Parameter:
     bounds: Between | None = None
     help: str = ""
     optional: bool = False
+    nested_space: Space = Space.DELTA
 
     @property
     def allowed(self) -> str:
         """Say in words what may be given."""
         bounds = f" {self.bounds}" if self.bounds else ""
-        kind = " | ".join(self.choices) if self.choices else _KINDS[self.kind]
-        return kind + bounds + (" | null" if self.optional else "")
+        plain = [] if self.choices and self.kind is str else [_KINDS[self.kind] + bounds]
+        return " | ".join([*plain, *self.choices, *(["null"] if self.optional else [])])
 
     def check(self, value: Any) -> Any:
         """Return ``value`` in the parameter's type.
@@ -103,9 +120,12 @@ class Parameter:
             return None
         if self.kind is dict:
             return self._nested(value)
-        converted = self._convert(value)
-        out_of_range = self.bounds is not None and not self.bounds.holds(converted)
-        if out_of_range or (self.choices and converted not in self.choices):
+        converted = value if value in self.choices else self._convert(value)
+        if isinstance(converted, str):
+            refused = bool(self.choices) and converted not in self.choices
+        else:
+            refused = self.bounds is not None and not self.bounds.holds(converted)
+        if refused:
             raise self._refusal(value)
         return converted
 
@@ -116,7 +136,7 @@ class Parameter:
             value = {"method": value}
         if not isinstance(value, Mapping) or not isinstance(value.get("method"), str):
             raise self._refusal(value)
-        return nested_method(self.name, value)
+        return nested_method(self.name, value, self.nested_space)
 
     def _convert(self, value: Any) -> Any:
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -168,22 +188,30 @@ def _parameter(
         bounds = next((m for m in annotation.__metadata__ if isinstance(m, Between)), None)
         nested = next((m for m in annotation.__metadata__ if isinstance(m, _Nested)), None)
         annotation = typing.get_args(annotation)[0]
-    annotation, optional = _without_none(annotation)
-    choices = typing.get_args(annotation) if typing.get_origin(annotation) is Literal else ()
-    kind = dict if nested else str if choices else annotation
+    annotation, choices, optional = _alternatives(annotation)
+    kind = dict if nested else annotation
     if kind not in _KINDS or argument.default is argument.empty:
         raise TypeError(f"parameter '{argument.name}' needs a plain type and a default")
     help_line = help_lines.get(argument.name, "")
-    return Parameter(argument.name, kind, argument.default, choices, bounds, help_line, optional)
+    space = nested.space if nested else Space.DELTA
+    return Parameter(
+        argument.name, kind, argument.default, choices, bounds, help_line, optional, space
+    )
 
 
-def _without_none(annotation: Any) -> tuple[Any, bool]:
-    """Split ``X | None`` into X and whether None was allowed."""
-    parts = typing.get_args(annotation)
-    if typing.get_origin(annotation) not in (types.UnionType, typing.Union):
-        return annotation, False
-    others = [part for part in parts if part is not type(None)]
-    return (others[0] if len(others) == 1 else annotation), len(others) < len(parts)
+def _alternatives(annotation: Any) -> tuple[Any, tuple[str, ...], bool]:
+    """Split ``X | Literal[...] | None`` into X, the words, and whether None was allowed.
+
+    X is str where there are only words.
+    """
+    unions = (types.UnionType, typing.Union)
+    parts = typing.get_args(annotation) if typing.get_origin(annotation) in unions else [annotation]
+    words = [part for part in parts if typing.get_origin(part) is Literal]
+    plain = [part for part in parts if part not in words and part is not type(None)]
+    choices = tuple(word for part in words for word in typing.get_args(part))
+    if words and not plain:
+        plain = [str]
+    return (plain[0] if len(plain) == 1 else annotation), choices, type(None) in parts
 
 
 def _argument_help(doc: str) -> dict[str, str]:

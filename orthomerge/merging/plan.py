@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,22 +16,37 @@ from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
 from orthomerge.checkpoints.sources import CheckpointSource
+from orthomerge.merging.draws import model_keys
+from orthomerge.merging.ranks import RankRule
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.version import __version__
 
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
     from orthomerge.adapters.updates import AdapterUpdates
+    from orthomerge.merging.lora_output import LoraOutput
 
-__all__ = ["BackMap", "MergeRequest", "MissingPolicy", "OutputKind", "Plan", "Task", "TaskKind"]
+__all__ = [
+    "AbsentPolicy",
+    "BackMap",
+    "Form",
+    "MergeRequest",
+    "MissingPolicy",
+    "OutputKind",
+    "Plan",
+    "Task",
+    "TaskKind",
+]
 
 MissingPolicy = Literal["error", "copy-base", "skip"]
 BackMap = Literal["auto", "as_trained", "exact"]
+AbsentPolicy = Literal["zero", "skip", "error"]
+Form = Literal["auto", "full", "lora", "dora"]
 OutputKind = Literal["folder", "file", "memory"]
-TaskKind = Literal["merge", "whole", "copy", "convert", "rotate"]
+TaskKind = Literal["merge", "whole", "copy", "convert", "rotate", "factors"]
 
 #: The kinds whose tensors a method merges; the others are taken over from one source.
-MERGED_KINDS: frozenset[TaskKind] = frozenset({"merge", "whole", "rotate"})
+MERGED_KINDS: frozenset[TaskKind] = frozenset({"merge", "whole", "rotate", "factors"})
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -52,6 +67,14 @@ class MergeRequest:
         max_shard_bytes: Largest output file.
         missing: What to do with tensors that not every model has.
         back_map: How a merged OFT generator becomes a rotation.
+        form: What is written for LoRA adapters: ``auto`` is an adapter without a base and a full
+            checkpoint with one.
+        rank: Rank of a merged LoRA adapter; None for lossless.
+        absent: What an adapter contributes to a module it does not change: ``zero`` counts it with
+            its weight, ``skip`` leaves it out of sums and means, ``error`` refuses.
+        heads: What becomes of whole tensors (trained heads) that several adapters carry:
+            ``average``, ``error``, or ``keep:N`` for those of model N, from 1.
+        assume_same_base: Take adapters that name different bases to be of one base.
         provenance: Whether to record how the output was made.
         memory_budget_bytes: Most working memory; None for half of what is free.
         device: Where the arithmetic runs.
@@ -73,6 +96,11 @@ class MergeRequest:
     max_shard_bytes: int = DEFAULT_SHARD_BYTES
     missing: MissingPolicy = "error"
     back_map: BackMap = "auto"
+    form: Form = "auto"
+    rank: RankRule | None = None
+    absent: AbsentPolicy = "zero"
+    heads: str = "average"
+    assume_same_base: bool = False
     provenance: bool = True
     memory_budget_bytes: int | None = None
     device: str = "cpu"
@@ -90,14 +118,16 @@ class Task:
         info: Its name, dtype and shape in the output.
         kind: ``merge`` runs the method on pieces, ``whole`` on the whole tensor, ``copy`` copies
             the first source's bytes (and checks that the others agree), ``convert`` changes the
-            first source's dtype, ``rotate`` merges one OFT module.
-        models: The tensor (or OFT module) in each model; None where a model lacks it.
+            first source's dtype, ``rotate`` merges one OFT module, ``factors`` one LoRA module.
+        models: The tensor (or adapter's module) in each model; None where a model lacks it.
         base: The tensor in the base, if it takes part.
         weights: One per model.
         parameters: The method's parameters for this tensor.
         method: Set when another method than the plan's merges this tensor.
         peak_bytes: Working memory while it runs.
         read_bytes: Input bytes it reads.
+        partners: Further outputs: of a LoRA module the factor B beside A.
+        batch: Tasks of equal batch may run as one; None for alone.
     """
 
     info: TensorInfo
@@ -109,11 +139,18 @@ class Task:
     peak_bytes: int
     read_bytes: int
     method: str | None = None
+    partners: tuple[TensorInfo, ...] = ()
+    batch: Hashable = None
 
     @property
     def name(self) -> str:
         """Name of the output tensor."""
         return self.info.name
+
+    @property
+    def outputs(self) -> tuple[TensorInfo, ...]:
+        """Every tensor it makes, its own first."""
+        return (self.info, *self.partners)
 
 
 @dataclass(frozen=True)
@@ -139,6 +176,7 @@ class Plan:
         workers: Threads.
         survey_bytes: Working memory of a survey of the whole model, before any task.
         notes: What the user should know.
+        lora: The merged LoRA adapter, if that is what is written.
     """
 
     request: MergeRequest
@@ -158,11 +196,17 @@ class Plan:
     workers: int
     survey_bytes: int
     notes: tuple[str, ...]
+    lora: LoraOutput | None = None
 
     @property
     def merged_tasks(self) -> tuple[Task, ...]:
         """The tasks that the plan's own method merges."""
         return tuple(t for t in self.tasks if t.kind in MERGED_KINDS and t.method is None)
+
+    @property
+    def model_keys(self) -> tuple[str, ...]:
+        """What tells the models' random numbers apart."""
+        return model_keys(model.origin for model in self.models)
 
     @property
     def read_bytes(self) -> int:
@@ -184,8 +228,8 @@ class Plan:
     def output_dtypes(self) -> dict[str, int]:
         """Output bytes per dtype, most first."""
         totals: dict[str, int] = {}
-        for task in self.tasks:
-            totals[task.info.dtype] = totals.get(task.info.dtype, 0) + task.info.nbytes
+        for info in (info for task in self.tasks for info in task.outputs):
+            totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
         return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
     def hash(self) -> str:
@@ -197,7 +241,9 @@ class Plan:
             "piece_elements": self.piece_elements,
             "convention": repr(self.convention),
             "seed": self.request.seed,
+            "drawn_for": self.model_keys if self.method.is_random else None,
             "norm_matched": self.request.norm_matched,
+            "heads": self.request.heads,
             "device": self.request.device,
             "output": self.output_kind,
             "adapters": [a.config.values for s in self.models if (a := s.lora or s.rotations)],

@@ -10,22 +10,20 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from orthomerge.errors import UnknownNameError
 from orthomerge.merging.parameters import Parameter, declared_parameters
 from orthomerge.merging.spaces import Space
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 __all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 
 _ENTRY_POINTS = "orthomerge.merge_methods"
-_SUPPLIED = {"weights", "survey", "role"}
+_SUPPLIED = {"weights", "survey", "role", "draws"}
+_ALIASES: dict[str, str] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REGISTRY: dict[str, MergeMethod] = {}
 
@@ -35,6 +33,7 @@ LAWS: dict[str, str] = {
     "idempotent": "identical models give that model",
     "permutation": "the order of the models does not matter",
     "scale-equivariance": "scaling all inputs scales the output",
+    "additive": "the update W - W_0 does not depend on the base, whatever the parameters",
 }
 
 
@@ -43,11 +42,12 @@ class Merged:
     """What a method made of one tensor.
 
     Args:
-        tensor: The merged tensor.
-        facts: What it measured on the way, JSON-ready; kept in the journal and the report.
+        tensor: The merged tensor; ``Factors`` in FACTORS space.
+        facts: What it measured on the way, JSON-ready; kept in the journal and the report. Of a
+            batch of modules each fact is a tensor with one entry per module.
     """
 
-    tensor: Tensor
+    tensor: Any
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -57,7 +57,7 @@ class MergeMethod:
 
     Args:
         name: Stable kebab-case id.
-        function: ``(contributions, *, ...)`` in WEIGHT and ROTATION space,
+        function: ``(contributions, *, ...)`` in WEIGHT, ROTATION and FACTORS space,
             ``(base, deltas, *, ...)`` in DELTA space.
         space: What it works on.
         reference: Paper or origin.
@@ -81,18 +81,24 @@ class MergeMethod:
         resolved: ``(parameters, models)`` gives the parameters with everything decided that was
             left to the method, for the provenance.
         unfit: ``(shape, role, parameters)`` says why a whole tensor cannot be merged, or None.
+        factors: The same method on low-rank factors, exact without forming the matrix:
+            ``(factors, *, weights, **parameters)`` gives ``Factors``; for a method of FACTORS space
+            its function itself.
+        batched: Whether ``factors`` also takes batches of modules of one shape.
+        output_rank: Largest rank of the result, from the ranks of the factors; default: their sum.
+        aliases: Other names it is known by.
     """
 
     name: str
     function: Callable[..., Any]
     space: Space
     reference: str
-    survey: Callable[..., Any] | None
-    min_models: int
-    max_models: int | None
-    laws: frozenset[str]
-    negative_weights: bool
-    divides_by_weight_sum: bool | str
+    survey: Callable[..., Any] | None = None
+    min_models: int = 1
+    max_models: int | None = None
+    laws: frozenset[str] = frozenset()
+    negative_weights: bool = True
+    divides_by_weight_sum: bool | str = False
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
     whole: bool = False
     workspace: Callable[[tuple[int, ...], int], int] | None = None
@@ -100,6 +106,10 @@ class MergeMethod:
     dense: str | None = None
     unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None
     resolved: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None
+    factors: Callable[..., Any] | None = None
+    batched: bool = False
+    output_rank: Callable[[Sequence[int]], int] = sum
+    aliases: tuple[str, ...] = ()
 
     @property
     def nests(self) -> bool:
@@ -116,19 +126,38 @@ class MergeMethod:
         """Whether it takes one weight per model."""
         return "weights" in self._arguments
 
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, or runs a method that may."""
+        return "draws" in self._arguments
+
     def call(self, *tensors: Any, **arguments: Any) -> Merged:
-        """Call the function with those of weights, survey and role that it takes."""
-        given = {
-            name: value
-            for name, value in arguments.items()
-            if name not in _SUPPLIED or name in self._arguments
-        }
-        result = self.function(*tensors, **given)
-        return result if isinstance(result, Merged) else Merged(result)
+        """Call the function with those of weights, survey, role and draws that it takes.
+
+        Raises:
+            TypeError: It draws random numbers and got none.
+        """
+        if self._must_draw and arguments.get("draws") is None:
+            raise TypeError(f"{self.name} draws random numbers: pass draws=Draws(...)")
+        return _call(self.function, self._arguments, tensors, arguments)
+
+    def call_on_factors(self, factors: Any, **arguments: Any) -> Merged:
+        """Call the face for low-rank factors with those of weights, survey, draws it takes."""
+        assert self.factors is not None
+        taken = frozenset(inspect.signature(self.factors).parameters)
+        return _call(self.factors, taken, (factors,), arguments)
 
     @functools.cached_property
     def _arguments(self) -> frozenset[str]:
-        return frozenset(inspect.signature(self.function).parameters)
+        return frozenset(self._signature)
+
+    @functools.cached_property
+    def _signature(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
+
+    @property
+    def _must_draw(self) -> bool:
+        return self.is_random and self._signature["draws"].default is inspect.Parameter.empty
 
     def needs_weight_sum(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether weights that sum to zero are an error at these parameters."""
@@ -147,23 +176,16 @@ class MergeMethod:
         return inspect.getdoc(self.function) or ""
 
 
+def _call(
+    function: Callable[..., Any], taken: frozenset[str], tensors: Any, arguments: Mapping[str, Any]
+) -> Merged:
+    given = {k: v for k, v in arguments.items() if k not in _SUPPLIED or k in taken}
+    result = function(*tensors, **given)
+    return result if isinstance(result, Merged) else Merged(result)
+
+
 def merge_method(
-    name: str,
-    *,
-    space: Space,
-    reference: str,
-    survey: Callable[..., Any] | None = None,
-    min_models: int = 1,
-    max_models: int | None = None,
-    laws: tuple[str, ...] = (),
-    negative_weights: bool = True,
-    divides_by_weight_sum: bool | str = False,
-    whole: bool = False,
-    workspace: Callable[[tuple[int, ...], int], int] | None = None,
-    residual: Callable[..., Any] | None = None,
-    dense: str | None = None,
-    unfit: Callable[[tuple[int, ...], str, Mapping[str, Any]], str | None] | None = None,
-    resolved: Callable[[Mapping[str, Any], int], Mapping[str, Any]] | None = None,
+    name: str, *, space: Space, reference: str, laws: tuple[str, ...] = (), **options: Any
 ) -> Callable[[_Function], _Function]:
     """Register a pure function as a merge method.
 
@@ -171,9 +193,17 @@ def merge_method(
     its inputs. In WEIGHT and DELTA space it is called on pieces of a tensor, so entry j of its
     result may depend only on entry j of its inputs and on what ``survey`` found; with ``whole`` it
     is called once per tensor, with all of it in its shape and, if it asks, with ``role``: what the
-    tensor is in the model. In ROTATION space it is called once per module.
+    tensor is in the model. In ROTATION and FACTORS space it is called once per module, in FACTORS
+    space with ``batched`` also once for several modules of one shape, with a leading axis. A method
+    that asks for ``draws`` gets ``Draws``: random numbers that depend on the entry, not on the
+    piece it is in.
 
-    The other arguments are the fields of ``MergeMethod``, which documents them.
+    Args:
+        name: Stable kebab-case id.
+        space: What it works on.
+        reference: Paper or origin.
+        laws: Names from ``LAWS`` that hold at default parameters.
+        **options: Any other field of ``MergeMethod``, which documents them.
     """
     unknown = set(laws) - set(LAWS)
     if unknown:
@@ -182,25 +212,15 @@ def merge_method(
     def register(function: _Function) -> _Function:
         if name in _REGISTRY and _REGISTRY[name].function is not function:
             raise ValueError(f"two merge methods are called '{name}'")
-        _REGISTRY[name] = MergeMethod(
-            name,
-            function,
-            space,
-            reference,
-            survey,
-            min_models,
-            max_models,
-            frozenset(laws),
-            negative_weights,
-            divides_by_weight_sum,
-            declared_parameters(function, _SUPPLIED),
-            whole,
-            workspace,
-            residual,
-            dense,
-            unfit,
-            resolved,
-        )
+        if space is Space.FACTORS:
+            options["factors"] = function
+        parameters = declared_parameters(function, _SUPPLIED)
+        method = MergeMethod(
+            name, function, space, reference,
+            laws=frozenset(laws), parameters=parameters, **options,
+        )  # fmt: skip
+        _REGISTRY[name] = method
+        _ALIASES.update(dict.fromkeys(method.aliases, name))
         return function
 
     return register
@@ -223,12 +243,13 @@ def all_methods() -> dict[str, MergeMethod]:
 
 
 def get_method(name: str) -> MergeMethod:
-    """Return one method.
+    """Return one method by its id or another name it is known by.
 
     Raises:
         UnknownNameError: With the nearest name.
     """
     methods = all_methods()
+    name = _ALIASES.get(name, name)
     if name not in methods:
-        raise UnknownNameError("method", name, methods)
+        raise UnknownNameError("method", name, [*methods, *_ALIASES])
     return methods[name]

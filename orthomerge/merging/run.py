@@ -10,12 +10,20 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
-from orthomerge.errors import AdapterError, CheckpointError, NumericalError, OutputError
+from orthomerge.errors import (
+    AdapterError,
+    CheckpointError,
+    NumericalError,
+    OutputError,
+    VerificationError,
+)
 from orthomerge.linalg.devices import require_device
 from orthomerge.merging.engine import execute
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
+from orthomerge.merging.settling import settled
+from orthomerge.merging.verifying import verify_output
 
 if TYPE_CHECKING:
     import torch
@@ -73,13 +81,16 @@ def run_plan(
         Interrupted: On Ctrl-C; the partial output stays for ``resume``.
         NumericalError: A tensor is not finite; no partial output stays.
         CheckpointError: An input is damaged; no partial output stays.
+        VerificationError: The written file does not say what was merged; nothing is published.
         BudgetError: The disk is full (the partial output stays for ``resume``), or there is no
             such device (nothing was started).
     """
     started = time.monotonic()
     require_device(plan.request.device)
+    plan = settled(plan)
     if plan.request.output is None:
-        memory = MemoryWriter({task.name: task.info for task in plan.tasks})
+        outputs = [info for task in plan.tasks for info in task.outputs]
+        memory = MemoryWriter({info.name: info for info in outputs})
         details = execute(plan, memory, advance=advance)
         _check_inputs(plan)
         elapsed = time.monotonic() - started
@@ -105,7 +116,7 @@ def _write(
     except OutputError:
         writer.abandon()
         raise
-    except (NumericalError, CheckpointError, AdapterError):
+    except (NumericalError, CheckpointError, AdapterError, VerificationError):
         writer.abandon(discard=True)  # the inputs have to change, so there is nothing to resume
         raise
     except BaseException:
@@ -122,7 +133,11 @@ def _publish(plan: Plan, writer: StreamingWriter, details: dict[str, Any]) -> No
     if plan.request.provenance and not single_file:
         files |= {name: t.encode() for name, t in provenance_files(plan, digests).items()}
     metadata = final_metadata(plan, digests) if single_file else None
-    writer.publish(files, single_file=single_file, metadata=metadata)
+
+    def check(path: Path) -> None:
+        verify_output(path, plan, details)
+
+    writer.publish(files, single_file=single_file, metadata=metadata, check=check)
 
 
 def _check_inputs(plan: Plan) -> None:

@@ -21,3 +21,6 @@ class Space(Enum):
 
     ROTATION = "rotation"
     """Canonical skew blocks A_i with W_i = W_0 · Cayley(A_i), from OFT adapters."""
+
+    FACTORS = "factors"
+    """Low-rank factors (B_i, A_i) with the scale folded in, D_i = B_i A_i, from LoRA adapters."""

@@ -10,6 +10,7 @@ from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
 from orthomerge.merging.plan import MergeRequest, Plan
 from orthomerge.merging.planning.planner import build_plan
+from orthomerge.merging.ranks import parse_rank
 from orthomerge.recipe.loader import recipe_from_data
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document
@@ -36,6 +37,11 @@ def request_from(recipe: MergeRecipe) -> MergeRequest:
         max_shard_bytes=recipe.output.max_shard_size,
         missing=recipe.missing,
         back_map=recipe.output.back_map,
+        form=recipe.output.form,
+        rank=parse_rank(recipe.output.rank),
+        absent=recipe.adapters.absent,
+        heads=recipe.adapters.heads,
+        assume_same_base=recipe.adapters.assume_same_base,
         provenance=recipe.output.provenance,
         memory_budget_bytes=recipe.run.memory_budget,
         device=recipe.run.device,
@@ -62,6 +68,7 @@ def plan(
     norm_matched: float | None = None,
     seed: int = 0,
     output_settings: Mapping[str, Any] | None = None,
+    adapter_settings: Mapping[str, Any] | None = None,
     run_settings: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Plan:
@@ -77,7 +84,9 @@ def plan(
         norm_matched: Size of the whole update, as a multiple of the size of the sum of all models'
             changes; None leaves it as the method makes it.
         seed: Seed of methods that draw random numbers.
-        output_settings: Keys of a recipe's ``output``: dtype, max_shard_size, back_map, provenance.
+        output_settings: Keys of a recipe's ``output``: dtype, form, rank, max_shard_size, back_map,
+            provenance.
+        adapter_settings: Keys of a recipe's ``adapters``: absent, heads, assume_same_base.
         run_settings: Keys of a recipe's ``run``: device, compute_dtype, memory_budget, workers.
         **parameters: The method's parameters.
 
@@ -92,16 +101,14 @@ def plan(
     """
     if weights is not None and len(weights) != len(models):
         raise RecipeError("one weight per model", expected=len(models), found=len(weights))
-    entries = [
-        {"path": model, "weight": weight}
-        for model, weight in zip(models, weights or [None] * len(models), strict=True)
-    ]
+    given_weights = weights or [None] * len(models)
     data = {
-        "models": entries,
+        "models": [{"path": m, "weight": w} for m, w in zip(models, given_weights, strict=True)],
         "base": base,
         "method": method,
         "parameters": parameters,
         "missing": missing,
+        "adapters": dict(adapter_settings or {}),
         "norm_matched": norm_matched,
         "seed": seed,
         "output": {**(output_settings or {}), "path": None if output is None else str(output)},

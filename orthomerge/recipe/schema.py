@@ -15,9 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.errors import OrthoMergeError
+from orthomerge.merging.ranks import parse_rank
 from orthomerge.recipe.sizes import parse_size
 
-__all__ = ["MergeRecipe", "ModelEntry", "OutputSettings", "RunSettings"]
+__all__ = ["AdapterSettings", "MergeRecipe", "ModelEntry", "OutputSettings", "RunSettings"]
 
 
 def _size(value: Any) -> int:
@@ -38,6 +39,19 @@ def _device(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"cpu|cuda(:\d+)?", value):
         return value
     raise ValueError("must be cpu, cuda or cuda:N")
+
+
+def _rank(value: Any) -> Any:
+    try:
+        return parse_rank(value) and value
+    except OrthoMergeError as error:
+        raise ValueError(str(error)) from error
+
+
+def _heads(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"average|error|keep:[1-9]\d*", value):
+        return value
+    raise ValueError("must be average, error or keep:N, N being the place of a model, from 1")
 
 
 Device = Annotated[str, BeforeValidator(_device)]
@@ -78,7 +92,33 @@ class OutputSettings(_Strict):
     back_map: Literal["auto", "as_trained", "exact"] = Field(
         default="auto", description="How a merged OFT generator becomes a rotation."
     )
+    form: Literal["auto", "full", "lora", "dora"] = Field(
+        default="auto",
+        description="What LoRA adapters become: an adapter (auto without base), a DoRA adapter, or "
+        "a full checkpoint (auto with base).",
+    )
+    rank: Annotated[Any, BeforeValidator(_rank)] = Field(
+        default=None,
+        description="Rank of a merged LoRA adapter: a number, energy:0.99, parameters:1000000; "
+        "default: lossless.",
+    )
     provenance: bool = Field(default=True, description="Record how the output was made.")
+
+
+class AdapterSettings(_Strict):
+    """How adapters of different contents fit together."""
+
+    absent: Literal["zero", "skip", "error"] = Field(
+        default="zero",
+        description="Modules that a LoRA adapter does not change: no change, left out, or refused.",
+    )
+    heads: Annotated[str, BeforeValidator(_heads)] = Field(
+        default="average",
+        description="Trained heads that several adapters carry: average, error, or keep:N.",
+    )
+    assume_same_base: bool = Field(
+        default=False, description="Merge adapters although they name different base models."
+    )
 
 
 class RunSettings(_Strict):
@@ -109,6 +149,7 @@ class MergeRecipe(_Strict):
     missing: Literal["error", "copy-base", "skip"] = Field(
         default="error", description="What to do with tensors that not every model has."
     )
+    adapters: AdapterSettings = Field(default_factory=AdapterSettings)
     norm_matched: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         default=None,
         description="Size of the whole update / size of the sum of all changes; "

@@ -103,6 +103,54 @@ def test_scaling_all_inputs_scales_the_output(method) -> None:
     assert_close(run(method, scaled, {n: 4.0 * v for n, v in base.items()}), wanted, 1e-5)
 
 
+def other_settings(method):
+    """Return the defaults, and each choice and switch of a method in its other positions."""
+    settings = [{}]
+    for key, parameter in method.parameters.items():
+        others = parameter.choices or ((True, False) if parameter.kind is bool else ())
+        settings += [{key: value} for value in others if value != parameter.default]
+    return settings
+
+
+def update_from(method, seed: int, **parameters):
+    """Return W - W_0 for changes that a base of this seed can take up without rounding."""
+    steps = 2.0**20
+
+    def exact(seed: int, bound: float):
+        raw = model(seed, torch.float64)
+        return {n: (v.clamp(-bound, bound) * steps).round() / steps for n, v in raw.items()}
+
+    base, changes = exact(seed, 8.0), [exact(at, 4.0) for at in (1, 2, 3)]
+    models = [{n: base[n] + change[n] for n in base} for change in changes]
+    merged = run(method, models, base, parameters=parameters)
+    return {n: merged[n] - base[n] for n in base}
+
+
+def assert_additive(method) -> None:
+    for parameters in other_settings(method):
+        one, other = (update_from(method, seed, **parameters) for seed in (98, 99))
+        assert_close(one, other, 1e-12)
+        assert any(value.any() for value in one.values())
+
+
+@having("additive")
+def test_the_update_does_not_depend_on_the_base(method) -> None:
+    assert_additive(method)
+
+
+def test_a_method_that_rotates_the_base_is_not_additive() -> None:
+    """The law can fail: here it does."""
+    with pytest.raises(AssertionError):
+        assert_close(
+            *(update_from(METHODS["orthomerge-decoupled"], seed, gate="off") for seed in (98, 99)),
+            1e-3,
+        )
+
+
+def test_only_methods_of_task_vectors_claim_to_be_additive() -> None:
+    assert all(m.space is Space.DELTA for m in METHODS.values() if "additive" in m.laws)
+
+
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 def test_the_function_does_not_change_its_inputs(method, monkeypatch) -> None:
     """Spy on the tensors that the engine hands to the pure function."""

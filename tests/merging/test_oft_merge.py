@@ -225,8 +225,8 @@ def test_adapter_without_its_config_is_refused(home, tmp_path) -> None:
         plan([tmp_path / "lonely.safetensors"])
 
 
-def test_lora_needs_its_base(home, tmp_path) -> None:
+def test_lora_needs_its_base_where_weights_are_merged(home, tmp_path) -> None:
     model = peft.get_peft_model(load_base(home), peft.LoraConfig(target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "lora")
     with pytest.raises(OrthoMergeError, match="Pass --base"):
-        plan([tmp_path / "lora"], method="linear")
+        plan([tmp_path / "lora"], method="slerp")

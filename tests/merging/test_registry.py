@@ -22,6 +22,7 @@ def example(
     rounds: int = 3,
     mode: Literal["fast", "exact"] = "fast",
     on: bool = True,
+    scale: Annotated[float | Literal["auto", "off"] | None, Between(0)] = "auto",
 ) -> object:
     """Do something.
 
@@ -33,6 +34,7 @@ def example(
         rounds: How often.
         mode: Which way.
         on: Whether.
+        scale: How strongly.
     """
 
 
@@ -40,16 +42,26 @@ PARAMETERS = declared_parameters(example, {"weights"})
 
 
 def test_parameters_come_from_the_signature() -> None:
-    assert list(PARAMETERS) == ["rate", "rounds", "mode", "on"]
-    assert [p.default for p in PARAMETERS.values()] == [0.5, 3, "fast", True]
+    assert list(PARAMETERS) == ["rate", "rounds", "mode", "on", "scale"]
+    assert [p.default for p in PARAMETERS.values()] == [0.5, 3, "fast", True, "auto"]
     assert PARAMETERS["rate"].help == "How much, in two lines."
     assert PARAMETERS["rate"].allowed == "number in [0, 1]"
     assert PARAMETERS["mode"].allowed == "fast | exact"
+    assert PARAMETERS["scale"].allowed == "number ≥ 0 | auto | off | null"
 
 
 @pytest.mark.parametrize(
     ("name", "given", "wanted"),
-    [("rate", 1, 1.0), ("rounds", 2.0, 2), ("mode", "exact", "exact"), ("on", False, False)],
+    [
+        ("rate", 1, 1.0),
+        ("rounds", 2.0, 2),
+        ("mode", "exact", "exact"),
+        ("on", False, False),
+        ("scale", 2, 2.0),
+        ("scale", "auto", "auto"),
+        ("scale", False, "off"),  # as YAML reads a bare off
+        ("scale", None, None),
+    ],
 )
 def test_good_values_are_converted(name, given, wanted) -> None:
     found = PARAMETERS[name].check(given)
@@ -68,6 +80,10 @@ def test_good_values_are_converted(name, given, wanted) -> None:
         ("rounds", 2.5),
         ("mode", "slow"),
         ("on", 1),
+        ("scale", -1.0),
+        ("scale", "automatic"),
+        ("scale", True),
+        ("scale", "1"),
     ],
 )
 def test_bad_values_are_refused_with_what_is_allowed(name, given) -> None:

@@ -14,8 +14,9 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft
-from adapter_models import Layers, assert_same, our_merge
+from adapter_models import Layers, assert_same, our_merge, peft_merge
 
+from orthomerge.adapters.dora import dora_left_factor, dora_magnitudes
 from orthomerge.adapters.lora_export import lora_config, lora_key, lora_tensors
 from orthomerge.errors import AdapterError
 
@@ -59,6 +60,33 @@ def test_peft_adds_the_product(tmp_path: Path, ranks: dict[str, int]) -> None:
         model = peft.PeftModel.from_pretrained(Layers(), tmp_path)
     theirs = dict(model.merge_and_unload().state_dict())
     assert assert_same(theirs, wanted, 3e-6) == {f"{name}.weight" for name in ranks}
+    assert_same(our_merge(tmp_path), wanted, 3e-6)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_peft_applies_the_magnitudes_of_every_layer_kind(tmp_path: Path, half: bool) -> None:
+    """D W0 + B A with D on the output features, which are the columns of what [in, out] stores."""
+    torch.manual_seed(6)
+    base, wanted, tensors = Layers().state_dict(), dict(Layers().state_dict()), {}
+    for name, rank in RANKS.items():
+        W = base[f"{name}.weight"]
+        turned = name in ("embed", "turned")
+        W2 = (W.mT if turned else W).flatten(1)
+        B, A = torch.randn(len(W2), rank), torch.randn(rank, W2.shape[1])
+        D = 0.5 + torch.rand(len(W2))
+        left = dora_left_factor(D, B)
+        if half:  # what is stored decides the norms
+            left, A = left.bfloat16().float(), A.bfloat16().float()
+            B = D[:, None] * left
+        m = dora_magnitudes(D, W2, B, A).float()
+        factors = (A.mT, left.mT) if turned else (left, A)
+        tensors |= lora_tensors(name, *factors, **OPTIONS.get(name, {}), magnitude=m)
+        V = D[:, None] * W2 + B @ A
+        wanted[f"{name}.weight"] = V.mT if turned else V.reshape(W.shape)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = lora_config(RANKS, base_modules=modules(), dora=True)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert assert_same(peft_merge(tmp_path), wanted, 3e-6) == {f"{name}.weight" for name in RANKS}
     assert_same(our_merge(tmp_path), wanted, 3e-6)
 
 

@@ -6,16 +6,16 @@ sink. Which tasks run when, and on which thread, is the engine's business.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from orthomerge.merging.executors import copying, elementwise, rotation, whole
+from orthomerge.merging.executors import copying, elementwise, factors, rotation, whole
 from orthomerge.merging.executors.context import Context, Interrupted
 from orthomerge.merging.plan import Task, TaskKind
 
-__all__ = ["EXECUTORS", "Context", "Interrupted"]
+__all__ = ["EXECUTORS", "Context", "Interrupted", "run_tasks"]
 
-#: Task kind -> executor; each returns JSON-ready details for the journal and the report.
+#: Task kind -> executor of one task; LoRA modules are run in batches, see ``run_tasks``.
 EXECUTORS: dict[TaskKind, Callable[[Task, Context], dict[str, Any]]] = {
     "merge": elementwise.run,
     "whole": whole.run,
@@ -23,3 +23,13 @@ EXECUTORS: dict[TaskKind, Callable[[Task, Context], dict[str, Any]]] = {
     "convert": copying.run_conversion,
     "rotate": rotation.run,
 }
+
+
+def run_tasks(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
+    """Run a batch of equal tasks, or one alone; return JSON-ready details of each.
+
+    They go to the journal and the report.
+    """
+    if tasks[0].kind == "factors":
+        return factors.run(tasks, context)
+    return [EXECUTORS[task.kind](task, context) for task in tasks]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, torch_dtype
+from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.writer import TensorSink
+from orthomerge.merging.draws import Draws
 from orthomerge.merging.norms import UpdateNorms
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.spaces import Space
@@ -36,6 +38,7 @@ class Context:
         stop: Set when the run must end soon.
         survey: Result of the method's whole-model survey, if it has one.
         norms: Set while only the size of the updates is measured and nothing is written.
+        spectra: Set while only singular values are measured: module to its values, descending.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
 
@@ -45,12 +48,13 @@ class Context:
     stop: threading.Event = field(default_factory=threading.Event)
     survey: Any = None
     norms: UpdateNorms | None = None
+    spectra: dict[str, list[float]] | None = None
     factor: float = 1.0
 
     @property
     def measuring(self) -> bool:
         """Whether nothing is written in this pass."""
-        return self.norms is not None
+        return self.norms is not None or self.spectra is not None
 
     @property
     def device(self) -> torch.device:
@@ -67,6 +71,12 @@ class Context:
         base = [(self.plan.base.checkpoint, task.base)] if self.plan.base else []
         models = [(m.checkpoint, n) for m, n in zip(self.plan.models, task.models, strict=True)]
         return [*base, *models]
+
+    def draws(self, task: Task, positions: Sequence[int]) -> Draws:
+        """Return a task's random numbers, for the models at these positions."""
+        keys = self.plan.model_keys
+        method = task.method or self.plan.method.name
+        return Draws(self.plan.request.seed, method, task.name, [keys[at] for at in positions])
 
     def reader(
         self,
@@ -106,17 +116,17 @@ class Context:
             if self.factor != 1.0 and task.method is None:  # else it is averaged as it is
                 assert origin is not None
                 merged = torch.lerp(origin, merged, self.factor)
-            self.emit(task, start, merged)
+            self.emit(task.info, start, merged)
 
-    def emit(self, task: Task, start: int, values: Tensor) -> None:
+    def emit(self, info: TensorInfo, start: int, values: Tensor) -> None:
         """Round a piece once to the output dtype, check it, and write it.
 
         Raises:
             NumericalError: The merged values are not finite, or overflow the output dtype.
         """
-        rounded = values.to(torch_dtype(task.info.dtype))
+        rounded = values.to(torch_dtype(info.dtype))
         output = str(self.plan.request.output or "the result")
         remedy = "Choose an output dtype with more range, e.g. bfloat16, or a smaller strength."
-        check_finite(rounded.to(self.compute), output, task.name, "the merged tensor", remedy)
+        check_finite(rounded.to(self.compute), output, info.name, "the merged tensor", remedy)
         raw = rounded.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self.sink.write(task.name, start * ITEM_SIZES[task.info.dtype], raw.data)
+        self.sink.write(info.name, start * ITEM_SIZES[info.dtype], raw.data)

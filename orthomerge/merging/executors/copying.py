@@ -58,7 +58,7 @@ def run_conversion(task: Task, context: Context) -> dict[str, Any]:
     for start in range(0, task.info.numel, step):
         context.check_stop()
         count = min(step, task.info.numel - start)
-        context.emit(task, start, reader.piece(start, count))
+        context.emit(task.info, start, reader.piece(start, count))
         context.advance(count * ITEM_SIZES[checkpoint.tensors[name].dtype])
     digests: list[list[list[str]]] = [[] for _ in entries]
     if found := reader.digest():

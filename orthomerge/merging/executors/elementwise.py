@@ -26,17 +26,19 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     arguments = dict(task.parameters)
     if method.survey is not None and task.info.numel:
         arguments["survey"] = _survey(method, task, context)
+    draws = context.draws(task, inputs.positions)
     for start, count in inputs.ranges():
         context.check_stop()
+        supplied = {"weights": inputs.weights, "draws": draws.at(start)}
         origin: Tensor | None
         if method.space is Space.DELTA:
             origin = inputs.origin(start, count)
             pieces = [model.delta(start, count) for model in inputs.models]
-            merged = method.call(origin, pieces, weights=inputs.weights, **arguments)
+            merged = method.call(origin, pieces, **supplied, **arguments)
         else:
             origin = inputs.origin(start, count) if inputs.base else None
             pieces = [model.weight(start, count) for model in inputs.models]
-            merged = method.call(pieces, weights=inputs.weights, **arguments)
+            merged = method.call(pieces, **supplied, **arguments)
         context.finish(task, start, merged.tensor, origin, pieces, method.space)
         context.advance(inputs.share(task.read_bytes, start, count))
     return {"digests": inputs.digests(task, context)}

@@ -42,7 +42,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
     R = rotation(merged, plan.convention)
     digests = _digests(task, context, adapters) if plan.request.provenance else []
     if task.base is None:
-        context.emit(task, 0, stored_from_canonical(merged, module.kind, plan.convention))
+        context.emit(task.info, 0, stored_from_canonical(merged, module.kind, plan.convention))
         context.advance(task.read_bytes)
     else:
         s = _merged_scale(adapters, module, task.weights) if module.scaled else None
@@ -124,7 +124,7 @@ def _rotate_base(
         turned = _turn(piece, R, module, row)
         if s is not None:
             turned = turned * s[row : row + len(piece), None]
-        context.emit(task, row * columns, turned)
+        context.emit(task.info, row * columns, turned)
         context.advance(reader.nbytes(count))
     return reader.digest()
 

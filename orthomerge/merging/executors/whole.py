@@ -34,6 +34,7 @@ def run(task: Task, context: Context) -> dict[str, Any]:
             weights=inputs.weights,
             role=tensor_role(task.name, task.info.shape),
             survey=context.survey,
+            draws=context.draws(task, inputs.positions),
             **task.parameters,
         )
     except OrthoMergeError as error:

@@ -11,7 +11,19 @@ from orthomerge.merging.spaces import Space
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from orthomerge.linalg.factors import Factors
+
 __all__ = ["linear"]
+
+
+def _of_factors(
+    factors: Sequence[Factors], *, weights: Sequence[float], normalize: bool
+) -> Factors:
+    """Return the mean of low-rank changes without loss: their factors side by side."""
+    from orthomerge.linalg.factors import concatenated
+
+    total = sum(weights) if normalize else 1.0
+    return concatenated(factors, [weight / total for weight in weights])
 
 
 @merge_method(
@@ -20,13 +32,17 @@ __all__ = ["linear"]
     reference="Model soups, arXiv:2203.05482",
     laws=("identity", "idempotent", "permutation", "scale-equivariance"),
     divides_by_weight_sum="normalize",
+    factors=_of_factors,
+    batched=True,
+    aliases=("mean", "average"),
 )
 def linear(
     tensors: Sequence[Tensor], *, weights: Sequence[float], normalize: bool = True
 ) -> Tensor:
     """Average the models' weights.
 
-    ``W = Σ w_i W_i / Σ w_i``, or ``Σ w_i W_i`` without ``normalize``.
+    ``W = Σ w_i W_i / Σ w_i``, or ``Σ w_i W_i`` without ``normalize``. LoRA adapters without their
+    base are averaged as changes: ``D = Σ w_i D_i / Σ w_i``.
 
     Args:
         tensors: W_i, one per model, of equal shape.

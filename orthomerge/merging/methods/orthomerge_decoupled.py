@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.modes import resolved
+from orthomerge.merging.nesting import unfit_nested
 from orthomerge.merging.parameters import Between, NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.roles import unfit_block
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orthomerge.merging.decoupling import Settings
+    from orthomerge.merging.draws import Draws
 
 __all__ = ["orthomerge_decoupled"]
 
@@ -41,7 +43,7 @@ def _unfit(shape: tuple[int, ...], role: str, parameters: Mapping[str, Any]) -> 
     """Return why a tensor cannot be merged with these settings, or None."""
     if parameters["mode"] == "reproduce" and parameters["block"]:
         return "mode: reproduce knows no blocks, as the published code does not; leave block at 0"
-    return unfit_block(shape, role, parameters)
+    return unfit_block(shape, role, parameters) or unfit_nested(parameters["residual"], shape, role)
 
 
 @merge_method(
@@ -64,6 +66,7 @@ def orthomerge_decoupled(
     weights: Sequence[float],
     role: str = "linear",
     survey: Any = None,
+    draws: Draws | None = None,
     mode: Literal["robust", "faithful", "reproduce"] = "robust",
     variant: Literal["global", "conflict-aware"] = "global",
     residual: NestedMethod = None,
@@ -92,6 +95,7 @@ def orthomerge_decoupled(
         weights: w_i >= 0, one per model; for the rotations they are divided by their sum.
         role: What the tensor is in the model: only weight matrices are rotated.
         survey: The residual method's survey of the whole model.
+        draws: The residual method's random numbers.
         mode: Decides what is null: robust (anchor 1e-3, c_max 3√T, gate auto, residual tsv-m),
             faithful (the paper: 1e-6, none, off, the mean), reproduce (its code: anchor 0).
         variant: What a rotation is fitted to: the whole update, or the rows in conflict.
@@ -114,7 +118,7 @@ def orthomerge_decoupled(
     from orthomerge.merging.decoupling import merge_decoupled
 
     settings = _settings(locals(), len(deltas))
-    return merge_decoupled(base, deltas, weights, settings, role, survey)
+    return merge_decoupled(base, deltas, weights, settings, role, survey, draws)
 
 
 def _settings(parameters: dict[str, Any], models: int) -> Settings:

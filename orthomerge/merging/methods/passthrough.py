@@ -11,7 +11,13 @@ from orthomerge.merging.spaces import Space
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from orthomerge.linalg.factors import Factors
+
 __all__ = ["passthrough"]
+
+
+def _of_factors(factors: Sequence[Factors], *, scale: float) -> Factors:
+    return factors[0].scaled(scale)
 
 
 @merge_method(
@@ -20,11 +26,13 @@ __all__ = ["passthrough"]
     reference="mergekit's method of this name",
     max_models=1,
     laws=("identity", "idempotent", "permutation", "scale-equivariance"),
+    factors=_of_factors,
+    batched=True,
 )
 def passthrough(tensors: Sequence[Tensor], *, scale: float = 1.0) -> Tensor:
     """Copy one model: to convert its dtype, reshard it, or scale chosen tensors.
 
-    ``W = λ W_1``.
+    ``W = λ W_1``; of a LoRA adapter without its base ``D = λ D_1``.
 
     Args:
         tensors: W_1 alone.

@@ -11,15 +11,30 @@ from orthomerge.merging.spaces import Space
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from orthomerge.linalg.factors import Factors
+
 __all__ = ["task_arithmetic"]
+
+
+def _of_factors(
+    factors: Sequence[Factors], *, weights: Sequence[float], scale: float, normalize: bool
+) -> Factors:
+    """Return the sum of low-rank changes without loss: their factors side by side."""
+    from orthomerge.linalg.factors import concatenated
+
+    strength = scale / sum(weights) if normalize else scale
+    return concatenated(factors, [strength * weight for weight in weights])
 
 
 @merge_method(
     "task-arithmetic",
     space=Space.DELTA,
     reference="arXiv:2212.04089",
-    laws=("identity", "permutation", "scale-equivariance"),
+    laws=("identity", "permutation", "scale-equivariance", "additive"),
     divides_by_weight_sum="normalize",
+    factors=_of_factors,
+    batched=True,
+    aliases=("sum", "cat"),
 )
 def task_arithmetic(
     base: Tensor,

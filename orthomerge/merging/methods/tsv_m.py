@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from orthomerge.merging.matrices import merge_matrices
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
 
@@ -26,7 +27,7 @@ def workspace(shape: tuple[int, ...], models: int) -> int:
     "tsv-m",
     space=Space.DELTA,
     reference="arXiv:2412.00081",
-    laws=("identity", "permutation", "scale-equivariance"),
+    laws=("identity", "permutation", "scale-equivariance", "additive"),
     whole=True,
     workspace=workspace,
 )
@@ -65,21 +66,7 @@ def tsv_m(
         tensor([[2., 0.],
                 [0., 1.]])
     """
-    import torch
-
-    taking_part = [(w, d) for w, d in zip(weights, deltas, strict=True) if w != 0.0]
-    if not taking_part:
-        return base.clone()
-    weights, deltas = [w for w, _ in taking_part], [d for _, d in taking_part]
-    if role == "other" or base.ndim < 2:
-        total = sum((w * d for w, d in zip(weights, deltas, strict=True)), torch.zeros_like(base))
-        return base + total * (scale / len(deltas))
-    if role == "stack":
-        slices = [_update([d[i] for d in deltas], weights) for i in range(base.shape[0])]
-        update = torch.stack(slices)
-    else:
-        update = _update([d.reshape(base.shape[0], -1) for d in deltas], weights)
-    return base + scale * update.reshape(base.shape).to(base.dtype)
+    return merge_matrices(base, deltas, weights, _update, role=role, scale=scale)
 
 
 def _update(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -25,6 +25,7 @@ from orthomerge.merging.planning.draft import (
     rule_problems,
     weight_sum_problem,
 )
+from orthomerge.merging.planning.factored import factored_task
 from orthomerge.merging.planning.files import add_model_files
 from orthomerge.merging.planning.memory import SURVEY_SHARE, peak_bytes
 from orthomerge.merging.planning.views import View, open_views
@@ -197,18 +198,19 @@ def _draft_task(
     pairs = list(zip(views, entries, strict=True))
     read = sum(view.read_bytes(entry.name) for view, entry in pairs if entry is not None)
     names = tuple(entry.name if entry else None for entry in entries)
-    return [
-        Task(
-            info=info,
-            kind=kind,
-            models=names[1:] if has_base else names,
-            base=names[0] if has_base else None,
-            weights=settings.weights,
-            parameters=settings.parameters,
-            peak_bytes=peak_bytes(method, kind, info, pairs, draft),
-            read_bytes=read,
-        )
-    ]
+    task = Task(
+        info=info,
+        kind=kind,
+        models=names[1:] if has_base else names,
+        base=names[0] if has_base else None,
+        weights=settings.weights,
+        parameters=settings.parameters,
+        peak_bytes=peak_bytes(method, kind, info, pairs, draft),
+        read_bytes=read,
+    )
+    if method.space is Space.FACTORS:
+        task = factored_task(task, method, views, draft.compute_dtype)
+    return [task]
 
 
 def _task_kind(

@@ -19,6 +19,7 @@ from orthomerge.merging.rules import LayerMap, unmatched_rules, value_for
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
     from orthomerge.adapters.updates import AdapterUpdates
+    from orthomerge.merging.lora_output import LoraOutput
 
 __all__ = [
     "Draft",
@@ -50,6 +51,7 @@ class Draft:
     filename: str = "model.safetensors"
     convention: OftConvention | None = None
     changes: tuple[AdapterUpdates | None, ...] | None = None
+    lora: LoraOutput | None = None
 
     def report_once(self, problem: OrthoMergeError) -> None:
         """Add a problem of settings, which every tensor has alike, for the first of them only."""

@@ -21,9 +21,9 @@ def add_model_files(donor: Source, draft: Draft) -> None:
         return
     draft.copied_files = inherited_files(folder)
     totals: dict[str, int] = {}
-    for task in draft.tasks:
-        if task.info.dtype in CONFIG_NAMES:
-            totals[task.info.dtype] = totals.get(task.info.dtype, 0) + task.info.nbytes
+    for info in (info for task in draft.tasks for info in task.outputs):
+        if info.dtype in CONFIG_NAMES:
+            totals[info.dtype] = totals.get(info.dtype, 0) + info.nbytes
     if totals:
         main = max(totals, key=lambda dtype: totals[dtype])
         draft.written_files["config.json"] = config_with_dtype(config, CONFIG_NAMES[main])

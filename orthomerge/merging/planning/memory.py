@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.merging.lora_modules import JoinedLora
 from orthomerge.merging.plan import TaskKind
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.views import View
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.roles import tensor_role
 
-__all__ = ["SURVEY_SHARE", "peak_bytes"]
+__all__ = ["SURVEY_SHARE", "factors_bytes", "peak_bytes"]
 
 _TEMPORARIES = 8  # compute-dtype pieces a method may hold beside its inputs
 SURVEY_SHARE = 0.05  # of a tensor's entries that a survey may collect
@@ -44,6 +45,13 @@ def peak_bytes(
     if kind == "merge" and method.survey is not None:
         collected = int(SURVEY_SHARE * info.numel) * lifted
     return held + piece * per_element + collected
+
+
+def factors_bytes(module: JoinedLora, method: MergeMethod, compute_dtype: str) -> int:
+    """Return the working memory of one task of a merge of low-rank factors."""
+    rank, size = sum(module.ranks), module.rows + module.columns
+    copies = 4 if method.factors is not None else 8  # coordinates are made and merged in fp64
+    return (size * rank * copies + 12 * rank**2) * ITEM_SIZES[compute_dtype]
 
 
 def _workspace(method: MergeMethod, info: TensorInfo, models: int) -> int:

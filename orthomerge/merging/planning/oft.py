@@ -20,7 +20,8 @@ from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import AdapterError, RecipeError
 from orthomerge.merging.oft_modules import JoinedModule, joined_modules
-from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.plan import MergeRequest, Task
+from orthomerge.merging.planning.carried import carried_names, carried_task, copy_task
 from orthomerge.merging.planning.draft import (
     Draft,
     Settings,
@@ -43,7 +44,6 @@ from orthomerge.merging.rules import LayerMap
 __all__ = ["draft_tasks"]
 
 _ALGEBRA_COPIES = 8  # fp64 copies of a module's blocks that are alive while it is merged
-_AVERAGE = "linear"
 
 
 def draft_tasks(
@@ -115,7 +115,7 @@ def _draft_adapter(
     if inexpressible:
         draft.problems += inexpressible
         return
-    layers = LayerMap.of([*modules, *_other_names(adapters)])
+    layers = LayerMap.of([*modules, *carried_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for name, module in modules.items():
         own = next(part.dtype for part in module.parts if part)
@@ -123,13 +123,13 @@ def _draft_adapter(
         info = TensorInfo(oft_key(name, module.kind), dtype, module.packed_shape)
         settings = resolve_settings(request, method, name, layers)
         draft.tasks.append(_rotate_task(method, info, module, adapters, None, settings, draft))
-    for name in _other_names(adapters):
+    for name in carried_names(adapters):
         stored = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
-        draft.tasks += _other_task(request, method, stored, name, adapters, layers, draft)
+        draft.tasks += carried_task(request, method, stored, name, adapters, layers, draft)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.base_copies):
         models = tuple(adapter.base_copies.get(name) for adapter in adapters)
         info = next(a.source.tensors[k] for a, k in zip(adapters, models, strict=True) if k)
-        draft.tasks.append(_copy_task(info, models, None))
+        draft.tasks.append(copy_task(info, models, None))
     try:
         config = merged_oft_config(
             adapters, draft.convention, {name: m.stored for name, m in modules.items()}
@@ -150,7 +150,7 @@ def _draft_full(
     tensors = base.checkpoint.tensors
     targets = match_targets(modules, base, draft.problems)
     others: dict[str, str] = {}
-    for name in _other_names(adapters):
+    for name in carried_names(adapters):
         try:
             others[base_tensor_name(name, tensors)] = name
         except AdapterError:
@@ -163,7 +163,9 @@ def _draft_full(
             carried = next(a for a in adapters if others[name] in a.others)
             stored = carried.source.tensors[carried.others[others[name]]]
             info = tensors.get(name, TensorInfo(name, stored.dtype, stored.shape))
-            draft.tasks += _other_task(request, method, info, others[name], adapters, layers, draft)
+            draft.tasks += carried_task(
+                request, method, info, others[name], adapters, layers, draft
+            )
             continue
         info = tensors[name]
         floating = is_float(info.dtype)
@@ -175,13 +177,9 @@ def _draft_full(
                 _rotate_task(method, out, targets[name], adapters, info, settings, draft)
             )
         else:
-            draft.tasks.append(_copy_task(out, (None,) * len(adapters), info))
+            draft.tasks.append(copy_task(out, (None,) * len(adapters), info))
     draft.filename = "model.safetensors"
     add_model_files(base, draft)
-
-
-def _other_names(adapters: Sequence[RotationAdapter]) -> list[str]:
-    return list(dict.fromkeys(name for adapter in adapters for name in adapter.others))
 
 
 def _rotate_task(
@@ -216,45 +214,3 @@ def _rotate_task(
         peak_bytes=peak,
         read_bytes=read_bytes + (base.nbytes if base else 0),
     )
-
-
-def _copy_task(info: TensorInfo, models: tuple[str | None, ...], base: TensorInfo | None) -> Task:
-    kind: TaskKind = "copy" if base is None or base.dtype == info.dtype else "convert"
-    peak = 1 << 20
-    name = base.name if base else None
-    return Task(info, kind, models, name, (), {}, peak, info.nbytes)
-
-
-def _other_task(
-    request: MergeRequest,
-    method: MergeMethod,
-    info: TensorInfo,
-    name: str,
-    adapters: Sequence[RotationAdapter],
-    layers: LayerMap,
-    draft: Draft,
-) -> list[Task]:
-    """Average a whole tensor (a trained head or bias) over the adapters that carry it."""
-    keys = tuple(adapter.others.get(name) for adapter in adapters)
-    infos = [a.source.tensors[key] for a, key in zip(adapters, keys, strict=True) if key]
-    shapes = {entry.shape for entry in [info, *infos]}
-    if len(shapes) > 1 or not all(is_float(entry.dtype) for entry in infos):
-        draft.problems.append(
-            AdapterError(
-                "the adapters' copies of this tensor cannot be averaged",
-                tensor=name,
-                found=", ".join(f"{entry.dtype} {list(entry.shape)}" for entry in infos),
-                remedy="Merge adapters whose trained heads have one shape, that of the base's.",
-            )
-        )
-        return []
-    dtype = dtype_from_name(request.dtype) if request.dtype else info.dtype
-    known = info.name if info.name in layers.positions else name
-    weights = resolve_settings(request, method, known, layers).weights
-    settings = Settings(weights, {"normalize": True})
-    problem = weight_sum_problem(method, settings, [key is not None for key in keys], name)
-    draft.problems += [problem] if problem else []
-    peak = draft.piece_elements * 4 * (2 * len(infos) + 4)
-    read = sum(entry.nbytes for entry in infos)
-    out = TensorInfo(info.name, dtype, info.shape)
-    return [Task(out, "merge", keys, None, weights, {"normalize": True}, peak, read, _AVERAGE)]

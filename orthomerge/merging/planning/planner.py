@@ -6,12 +6,11 @@ checks what is common to both: parameters, weights, memory, disk, destination.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from orthomerge.adapters.sources import Source, open_source, source_files
 from orthomerge.checkpoints.destination import check_destination, partial_folder
@@ -21,14 +20,14 @@ from orthomerge.errors import (
     BudgetError,
     OrthoMergeError,
     ProblemsError,
-    RecipeError,
     UnknownNameError,
     combined,
 )
 from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
-from orthomerge.merging.planning import dense, oft
+from orthomerge.merging.planning import dense, lora, oft
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.planning.draft import Draft
+from orthomerge.merging.planning.suitability import Route, source_problems
 from orthomerge.merging.provenance import single_file_metadata
 from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.merging.spaces import Space
@@ -36,8 +35,23 @@ from orthomerge.merging.spaces import Space
 __all__ = ["build_plan", "check_output", "memory_budget", "worker_count"]
 
 _Result = TypeVar("_Result")
+
+
+class _Planner(Protocol):
+    """One module of this room: drafts the tasks of merges of one kind."""
+
+    def draft_tasks(
+        self,
+        request: MergeRequest,
+        method: MergeMethod,
+        models: Sequence[Source],
+        base: Source | None,
+    ) -> Draft: ...
+
+
 _FALLBACK_BUDGET = 4 << 30
 _MAX_WORKERS = 8
+_PLANNERS: dict[Route, _Planner] = {"rotations": oft, "factors": lora, "full": dense}
 
 
 def build_plan(request: MergeRequest) -> Plan:
@@ -56,15 +70,19 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     method = _choose_method(request, opened, base)
     problems += check_parameters(method, request.parameters, request.weights, len(opened))
-    problems += _source_problems(request, method, opened, base)
+    route = _route(request, method, opened, base)
+    problems += source_problems(request, method, opened, base, route)
     if problems:
         raise combined(problems)
-    planner = oft if method.space is Space.ROTATION else dense
+    planner = _PLANNERS[route]
     draft = planner.draft_tasks(request, method, opened, base)
     if base is not None and method.space is Space.WEIGHT and request.norm_matched is None:
         draft.notes.append(f"{method.name} does not use the base; config and tokenizer are its")
     if request.method is not None and method.name != request.method:
-        draft.notes.append(f"{request.method} is {method.name} for models like these")
+        known = request.method in method.aliases
+        draft.notes.append(
+            f"{request.method} is {method.name}{'' if known else ' for models like these'}"
+        )
     if request.method is None and method.whole:
         draft.notes.append(
             f"{method.name} decomposes every weight matrix; --method "
@@ -111,92 +129,25 @@ def _choose_method(request: MergeRequest, models: list[Source], base: Source | N
     return method
 
 
+def _route(
+    request: MergeRequest, method: MergeMethod, models: list[Source], base: Source | None
+) -> Route:
+    """Return which planner drafts the tasks: what is written decides, and what the method reads."""
+    if method.space is Space.ROTATION:
+        return "rotations"
+    adapters = request.form in ("lora", "dora") or (request.form == "auto" and base is None)
+    all_lora = bool(models) and all(model.lora is not None for model in models)
+    return "factors" if all_lora and adapters else "full"
+
+
 def _default_method(models: list[Source], base: Source | None, all_rotations: bool) -> str:
     if all_rotations:
         return "orthomerge"
+    if models and all(model.lora is not None for model in models):
+        return "do-merging"
     if base is None:
         return "geodesic" if len(models) > 1 else "passthrough"
     return "orthomerge-decoupled"
-
-
-def _source_problems(
-    request: MergeRequest, method: MergeMethod, models: list[Source], base: Source | None
-) -> list[OrthoMergeError]:
-    problems: list[OrthoMergeError] = []
-    count, most = len(models), method.max_models or math.inf
-    if not method.min_models <= count <= most:
-        wanted = (
-            f"exactly {method.min_models}"
-            if most == method.min_models
-            else f"at least {method.min_models}"
-            if most == math.inf
-            else f"{method.min_models} to {most}"
-        )
-        problems.append(
-            RecipeError(f"{method.name} merges {wanted} model(s)", found=f"{count} given")
-        )
-    if method.needs_base and base is None:
-        problems.append(
-            RecipeError(
-                f"{method.name} needs the base model",
-                remedy="Pass --base (in a recipe: base), or use a method without one: linear.",
-            )
-        )
-    for model in models:
-        problem = _kind_problem(method, model, base, chosen_by_inputs=request.method is None)
-        problems += [problem] if problem else []
-    if request.norm_matched is not None and base is None and method.space is not Space.ROTATION:
-        problems.append(
-            RecipeError(
-                "a norm-matched strength is relative to the base model",
-                remedy="Pass --base (in a recipe: base), or leave norm_matched out.",
-            )
-        )
-    if base is not None and base.kind != "full":
-        problems.append(
-            RecipeError(
-                "the base must be a full checkpoint", file=base.origin, found=base.description
-            )
-        )
-    return problems
-
-
-def _kind_problem(
-    method: MergeMethod, model: Source, base: Source | None, *, chosen_by_inputs: bool
-) -> RecipeError | None:
-    """Return why this method cannot merge this source, or None."""
-    if method.space is Space.ROTATION:
-        if model.rotations is not None:
-            return None
-        legal, remedy = "OFT adapters", "Give it OFT adapters, or use another method."
-        if model.kind == "full" or _makes_updates(model):
-            remedy = f"Use a method of task vectors, with --base: {method.dense or 'ties'}."
-    elif model.kind == "full" or (_makes_updates(model) and base is not None):
-        return None
-    elif _makes_updates(model) and chosen_by_inputs:
-        return RecipeError(
-            "the adapters are merged into their base, as a full checkpoint",
-            file=model.origin,
-            found=model.description,
-            remedy="Pass --base: the model they were trained on. Merging LoRA adapters into a LoRA "
-            "adapter is not in this version.",
-        )
-    elif _makes_updates(model):
-        legal = "full checkpoints, or adapters together with their base"
-        remedy = "Pass --base (in a recipe: base): the model the adapter was trained on."
-        if model.rotations is not None:
-            remedy += " OFT adapters alone are merged by --method orthomerge."
-    else:
-        legal = "full checkpoints and LoRA, OFT, BOFT and HRA adapters"
-        remedy = f"Merge each {model.kind} adapter into its base with PEFT first."
-    return RecipeError(
-        f"{method.name} merges {legal}", file=model.origin, found=model.description, remedy=remedy
-    )
-
-
-def _makes_updates(model: Source) -> bool:
-    """Return whether it is an adapter whose change of a base weight can be computed."""
-    return model.lora is not None or model.rotations is not None
 
 
 def _finish(
@@ -212,7 +163,7 @@ def _finish(
     in_shards = kind == "folder" and "adapter_config.json" not in draft.written_files
     metadata = single_file_metadata(request, method.name, digested) if kind == "file" else None
     layout = plan_layout(
-        [task.info for task in draft.tasks],
+        [info for task in draft.tasks for info in task.outputs],
         max_shard_bytes=request.max_shard_bytes if in_shards else 1 << 62,
         filename=request.output.name if kind == "file" and request.output else draft.filename,
         metadata=metadata,
@@ -235,6 +186,7 @@ def _finish(
         workers=worker_count(request),
         survey_bytes=draft.survey_bytes,
         notes=tuple(draft.notes),
+        lora=draft.lora,
     )
 
 

@@ -1,0 +1,256 @@
+"""Merge LoRA modules as low-rank factors: read them, run the method, bring the result to its rank.
+
+Modules of equal shape may come as one batch; nothing here forms a dense change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthomerge.adapters.dora import dora_left_factor, dora_magnitudes
+from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_export import lora_tensors
+from orthomerge.checkpoints.digest import hash_tensor
+from orthomerge.checkpoints.dtypes import torch_dtype
+from orthomerge.errors import OrthoMergeError
+from orthomerge.linalg.factors import Factors, concatenated, singular_values, truncated
+from orthomerge.merging.executors.context import Context
+from orthomerge.merging.executors.onto_base import (
+    BaseWeight,
+    merged_scales,
+    module_updates,
+    own_scales,
+    write_weight,
+)
+from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.plan import Task
+
+__all__ = ["run"]
+
+
+@dataclass
+class _Inputs:
+    """The factors of one or several modules of equal shape.
+
+    Attributes:
+        modules: What each task merges.
+        factors: One per model that takes part; with a leading axis of modules for a batch.
+        weights: One per model that takes part.
+        positions: Which models those are.
+        scales: Per model, the diagonal by which a DoRA module scales its output features.
+        base: The base's weight, where it is needed.
+    """
+
+    modules: list[JoinedLora]
+    factors: list[Factors]
+    weights: list[float]
+    positions: list[int]
+    scales: list[Tensor | None] = field(default_factory=list)
+    base: BaseWeight | None = None
+
+
+def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
+    """Merge one module, or a batch of equal shape; return the details of each."""
+    inputs = _read(tasks, context)
+    try:
+        merged = merge_factors(
+            context.plan.method,
+            inputs.factors,
+            weights=inputs.weights,
+            survey=context.survey,
+            draws=context.draws(tasks[0], inputs.positions),
+            **tasks[0].parameters,
+        )
+    except OrthoMergeError as error:
+        error.about(inputs.modules[0].name)  # the linear algebra does not know it
+        raise
+    batched = len(tasks) > 1
+    details: list[dict[str, Any]] = []
+    for at, (task, module) in enumerate(zip(tasks, inputs.modules, strict=True)):
+        result = _item(merged.tensor, at, batched=batched)
+        facts = _facts(merged.facts, at, batched=batched)
+        if context.measuring:
+            own = [_item(factors, at, batched=batched) for factors in inputs.factors]
+            _measure(module, result, own, context)
+            details.append({})
+        else:
+            details.append(_write(task, module, inputs, result, facts, context))
+        context.advance(task.read_bytes)
+    return details
+
+
+def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+    """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
+    adapters = _adapters(context)
+    modules = [_module(task, context) for task in tasks]
+    skip = context.plan.request.absent == "skip"
+    here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
+    weights = [tasks[0].weights[at] for at in here]
+    inputs = _Inputs(modules, [], weights, here)
+    if tasks[0].base is not None:
+        inputs.base = BaseWeight(tasks[0], context)
+        updates = module_updates(tasks[0], context)
+    for at in here:
+        parts = [_factors(adapters[at], module, at, context) for module in modules]
+        whole = (parts[0] if len(parts) == 1 else _stacked(parts)).to(device=context.device)
+        scales = None
+        if inputs.base is not None and (update := updates[at]) is not None:
+            scales = own_scales(adapters[at], update, whole, inputs.base)
+        if scales is not None:  # W' - W0 = (D - I) W0 + (D B) A
+            whole = Factors(whole.B * scales[:, None].to(whole.B), whole.A)
+        inputs.factors.append(whole)
+        inputs.scales.append(scales)
+    return inputs
+
+
+def _module(task: Task, context: Context) -> JoinedLora:
+    if task.base is None:
+        return join_lora(next(name for name in task.models if name), _adapters(context))
+    updates = module_updates(task, context)
+    return JoinedLora(task.base, tuple(u.module if u else None for u in updates))
+
+
+def _factors(adapter: LoraAdapter, module: JoinedLora, at: int, context: Context) -> Factors:
+    """Return (B [o, r], A [r, n]) with o output and n input features, an embedding's too."""
+    part = module.parts[at]
+    if part is None:
+        B = torch.zeros(module.rows, 0, dtype=context.compute)
+        return Factors(B, torch.zeros(0, module.columns, dtype=context.compute))
+    product = Factors(*adapter.factors(part.name, context.compute))
+    return product.turned() if module.kind == "embedding" else product
+
+
+def _stacked(parts: Sequence[Factors]) -> Factors:
+    return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
+
+
+def _measure(
+    module: JoinedLora, merged: Factors, sources: Sequence[Factors], context: Context
+) -> None:
+    """Measure what a run without writing is for: the size of the update, or its spectrum."""
+    if context.norms is not None:
+        total = concatenated(sources).norm().item()
+        context.norms.add_squares(merged.norm().item() ** 2, total**2)
+    if context.spectra is not None:
+        context.spectra[module.name] = singular_values(merged).tolist()
+
+
+def _write(
+    task: Task,
+    module: JoinedLora,
+    inputs: _Inputs,
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> dict[str, Any]:
+    """Write what the plan makes of one merged module; return digests and facts."""
+    scales = merged_scales(inputs.scales, inputs.weights, task.parameters, facts, context.factor)
+    merged = merged.scaled(context.factor)
+    if context.plan.lora is None:
+        assert inputs.base is not None
+        written = write_weight(task, context, inputs.base, merged, scales)
+        facts["norm"] = merged.norm().item()
+    else:
+        stored, kept = _write_adapter(task, module, inputs.base, merged, scales, context)
+        written, facts = stored.norm().item(), {**facts, **kept}
+    digests = _digests(module, inputs.base, context)
+    return {"digests": digests, "facts": facts, "written_norm": written}
+
+
+def _write_adapter(
+    task: Task,
+    module: JoinedLora,
+    base: BaseWeight | None,
+    merged: Factors,
+    scales: Tensor | None,
+    context: Context,
+) -> tuple[Factors, dict[str, Any]]:
+    """Bring the product to its rank and write it; return what was written, kept and lost."""
+    assert context.plan.lora is not None
+    rank, whole = task.info.shape[0], merged.norm().item()
+    kept = (truncated(merged, rank) if merged.rank > rank else merged).padded(rank)
+    norm = kept.norm().item()
+    magnitude = bias = None
+    if context.plan.lora.dora:
+        assert base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+    elif context.plan.lora.biased and module.kind != "embedding":
+        bias = _bias(task, module, context)
+    stored = kept.turned() if module.kind == "embedding" else kept
+    name = next(name for name in task.models if name)
+    tensors = lora_tensors(
+        name,
+        stored.B,
+        stored.A,
+        kind=module.kind,
+        kernel=module.kernel,
+        magnitude=magnitude,
+        bias=bias,
+    )
+    for info in task.outputs:
+        context.emit(info, 0, tensors[info.name])
+    energy = min(1.0, (norm / whole) ** 2) if whole else 1.0
+    return kept, {"rank": rank, "energy": energy, "norm": norm}
+
+
+def _with_magnitudes(
+    change: Factors, scales: Tensor | None, base: BaseWeight, task: Task
+) -> tuple[Factors, Tensor]:
+    """Return the factors and magnitudes of the DoRA adapter that makes ``D W_0 + B A``."""
+    D = torch.ones(change.B.shape[0], dtype=torch.float64) if scales is None else scales
+    D = D.to(change.B.device)
+    dtype = torch_dtype(task.info.dtype)
+    # The norms that PEFT divides by are those of the rounded factors.
+    B = dora_left_factor(D, change.B).to(dtype).to(change.B)
+    A = change.A.to(dtype).to(change.A)
+    m = dora_magnitudes(D, base.features(), D[:, None] * B.double(), A)
+    return Factors(B, A), m
+
+
+def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
+    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
+    total = torch.zeros(module.rows, dtype=context.compute)
+    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
+        own = adapter.bias(part.name, context.compute) if part else None
+        total = total if own is None else total + weight * own
+    return total * context.factor
+
+
+def _digests(
+    module: JoinedLora, base: BaseWeight | None, context: Context
+) -> list[list[list[str]]]:
+    """Return the [tensor name, digest] pairs of each source, in the order base, models."""
+    if not context.plan.request.provenance:
+        return []
+    found = [
+        [[key, hash_tensor(model.checkpoint, key)] for key in (part.keys if part else ())]
+        for model, part in zip(context.plan.models, module.parts, strict=True)
+    ]
+    if context.plan.base is None:
+        return found
+    return [[[base.name, base.digest()]] if base else [], *found]
+
+
+def _adapters(context: Context) -> list[LoraAdapter]:
+    return [model.lora for model in context.plan.models if model.lora is not None]
+
+
+def _item(product: Factors, at: int, *, batched: bool) -> Factors:
+    return Factors(product.B[at], product.A[at]) if batched else product
+
+
+def _facts(facts: Mapping[str, Any], at: int, *, batched: bool) -> dict[str, Any]:
+    """Return one module's facts as plain values; a batch's are tensors with one entry each."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return (value[at] if batched else value).tolist()
+
+    return {key: plain(value) for key, value in facts.items()}

@@ -1,0 +1,155 @@
+"""Put a merged low-rank change onto the base's weight: a full weight, or DoRA's magnitudes for it.
+
+The base is read a few rows at a time. Rows and columns are the adapters': o output features, n
+input features; layers that store the transposed weight, embeddings among them, are turned.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orthomerge.adapters.dora import dora_scales
+from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_updates import LoraUpdate
+from orthomerge.checkpoints.digest import hash_tensor
+from orthomerge.checkpoints.dtypes import torch_dtype
+from orthomerge.linalg.factors import Factors
+from orthomerge.merging.executors.context import Context
+from orthomerge.merging.plan import Task
+from orthomerge.merging.streams import TensorReader
+
+__all__ = [
+    "BaseWeight",
+    "merged_scales",
+    "module_updates",
+    "own_scales",
+    "squared_norm",
+    "write_weight",
+]
+
+
+def module_updates(task: Task, context: Context) -> list[LoraUpdate | None]:
+    """Return what each adapter does to the base's weight; None where it leaves it alone."""
+    name = task.base or ""
+    found = [changes.updates.get(name) if changes else None for changes in context.plan.changes]
+    return [update if isinstance(update, LoraUpdate) else None for update in found]
+
+
+class BaseWeight:
+    """The base's weight of one module, read a few rows at a time.
+
+    Args:
+        task: The module's task.
+        context: The running merge.
+    """
+
+    def __init__(self, task: Task, context: Context) -> None:
+        assert task.base is not None
+        assert context.plan.base is not None
+        self.name, self.checkpoint = task.base, context.plan.base.checkpoint
+        rows, *rest = self.checkpoint.tensors[task.base].shape
+        self.rows, self.columns = rows, math.prod(rest)
+        first = next(update for update in module_updates(task, context) if update is not None)
+        self.turned = first.transposed or first.module.kind == "embedding"
+        self._context = context
+
+    def blocks(self) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows) as stored, checked to be finite; a block lives until the next."""
+        step = max(1, self._context.plan.piece_elements // max(1, self.columns))
+        reader = self._reader(step)
+        for row in range(0, self.rows, step):
+            self._context.check_stop()
+            count = min(step, self.rows - row) * self.columns
+            yield row, reader.piece(row * self.columns, count).reshape(-1, self.columns)
+
+    def features(self) -> Iterator[Tensor]:
+        """Yield the weight as [o, n] in blocks of rows: one row per output feature."""
+        if self.turned:
+            whole = self._reader(self.rows).piece(0, self.rows * self.columns)
+            yield whole.reshape(self.rows, self.columns).mT
+        else:
+            yield from (block for _, block in self.blocks())
+
+    def digest(self) -> str:
+        """Return the digest of the stored bytes."""
+        return hash_tensor(self.checkpoint, self.name)
+
+    def _reader(self, rows: int) -> TensorReader:
+        return self._context.reader(
+            self.checkpoint, self.name, piece_elements=rows * max(1, self.columns)
+        )
+
+
+def own_scales(
+    adapter: LoraAdapter, update: LoraUpdate, factors: Factors, base: BaseWeight
+) -> Tensor | None:
+    """Return the diagonal with which a DoRA module scales its output features [o], or None."""
+    m = adapter.magnitude(update.module.name, factors.B.dtype)
+    if m is None:
+        return None
+    return dora_scales(base.features(), m, factors.B, factors.A)
+
+
+def merged_scales(
+    scales: Sequence[Tensor | None],
+    weights: Sequence[float],
+    parameters: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    factor: float,
+) -> Tensor | None:
+    """Merge the diagonals of DoRA modules: ``D = I + λ Σ w_i (D_i - I)``; None for I.
+
+    λ is the method's scale, divided by the sum of the weights if the method averages.
+
+    Args:
+        scales: D_i, one per model; None for a model without magnitudes here.
+        weights: w_i.
+        parameters: The method's.
+        facts: What the method measured: its scale where that was left to it.
+        factor: Multiplies every update, see ``UpdateNorms``.
+    """
+    given = facts.get("scale", parameters.get("scale", 1.0))
+    strength = factor * float(given)
+    if parameters.get("normalize"):
+        strength /= sum(weights)
+    merged: Tensor | None = None
+    for own, weight in zip(scales, weights, strict=True):
+        if own is not None:
+            merged = torch.ones_like(own) if merged is None else merged
+            merged = merged + strength * weight * (own - 1.0)
+    return merged
+
+
+def write_weight(
+    task: Task, context: Context, base: BaseWeight, change: Factors, scales: Tensor | None
+) -> float:
+    """Write ``D W_0 + B A``, rounded once; return the norm of what was written.
+
+    Args:
+        task: The module's task.
+        context: The running merge.
+        base: W_0.
+        change: B A [o, n], in the compute dtype.
+        scales: The diagonal of D [o]; None for the identity.
+    """
+    stored = change.turned() if base.turned else change
+    columns, square = stored.A.shape[-1], 0.0
+    for row, block in base.blocks():
+        if scales is not None:
+            by = scales.to(block)
+            block = block * (by[None, :] if base.turned else by[row : row + len(block), None])
+        block = block + stored.B[row : row + len(block)] @ stored.A
+        context.emit(task.info, row * columns, block)
+        square += _squared_norm(block.to(torch_dtype(task.info.dtype)))
+    return math.sqrt(square)
+
+
+def _squared_norm(values: Tensor) -> float:
+    """Return the sum of squares, in fp64."""
+    norm: float = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
+    return norm**2

@@ -1,0 +1,98 @@
+"""Plan what becomes of the whole tensors that adapters carry beside their own parameters.
+
+These are trained heads and biases (``modules_to_save``) and copies of embeddings; without the base
+they cannot be merged as changes, so they are averaged, or one adapter's are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.rotated import RotationAdapter
+from orthomerge.checkpoints.dtypes import dtype_from_name
+from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.errors import AdapterError
+from orthomerge.merging.plan import MergeRequest, Task, TaskKind
+from orthomerge.merging.planning.draft import (
+    Draft,
+    Settings,
+    is_float,
+    resolve_settings,
+    weight_sum_problem,
+)
+from orthomerge.merging.registry import MergeMethod
+from orthomerge.merging.rules import LayerMap
+
+__all__ = ["carried_names", "carried_task", "copy_task"]
+
+_AVERAGE = "linear"
+_Adapter = RotationAdapter | LoraAdapter
+
+
+def carried_names(adapters: Sequence[_Adapter]) -> list[str]:
+    """Return the names of all whole tensors that adapters carry."""
+    return list(dict.fromkeys(name for adapter in adapters for name in adapter.others))
+
+
+def copy_task(info: TensorInfo, models: tuple[str | None, ...], base: TensorInfo | None) -> Task:
+    """Return the task that takes a tensor over as it is, or in another dtype."""
+    kind: TaskKind = "copy" if base is None or base.dtype == info.dtype else "convert"
+    peak = 1 << 20
+    name = base.name if base else None
+    return Task(info, kind, models, name, (), {}, peak, info.nbytes)
+
+
+def carried_task(
+    request: MergeRequest,
+    method: MergeMethod,
+    info: TensorInfo,
+    name: str,
+    adapters: Sequence[_Adapter],
+    layers: LayerMap,
+    draft: Draft,
+) -> list[Task]:
+    """Average a whole tensor over the adapters that carry it, or keep one of them."""
+    keys = tuple(adapter.others.get(name) for adapter in adapters)
+    if sum(key is not None for key in keys) > 1:
+        if request.heads == "error":
+            draft.report_once(_shared_head(name, adapters))
+            return []
+        keep = int(request.heads.partition(":")[2] or 0)
+        kept = keys[keep - 1] if keep else None
+        if kept is not None:
+            keys = tuple(key if at == keep - 1 else None for at, key in enumerate(keys))
+            info = replace(adapters[keep - 1].source.tensors[kept], name=info.name)
+    infos = [a.source.tensors[key] for a, key in zip(adapters, keys, strict=True) if key]
+    shapes = {entry.shape for entry in [info, *infos]}
+    if len(shapes) > 1 or not all(is_float(entry.dtype) for entry in infos):
+        draft.problems.append(
+            AdapterError(
+                "the adapters' copies of this tensor cannot be averaged",
+                tensor=name,
+                found=", ".join(f"{entry.dtype} {list(entry.shape)}" for entry in infos),
+                remedy="Keep those of one model with --heads keep:N, or merge adapters whose "
+                "trained heads have one shape.",
+            )
+        )
+        return []
+    dtype = dtype_from_name(request.dtype) if request.dtype else info.dtype
+    known = info.name if info.name in layers.positions else name
+    weights = resolve_settings(request, method, known, layers).weights
+    settings = Settings(weights, {"normalize": True})
+    problem = weight_sum_problem(method, settings, [key is not None for key in keys], name)
+    draft.problems += [problem] if problem else []
+    peak = draft.piece_elements * 4 * (2 * len(infos) + 4)
+    read = sum(entry.nbytes for entry in infos)
+    out = TensorInfo(info.name, dtype, info.shape)
+    return [Task(out, "merge", keys, None, weights, {"normalize": True}, peak, read, _AVERAGE)]
+
+
+def _shared_head(name: str, adapters: Sequence[_Adapter]) -> AdapterError:
+    return AdapterError(
+        "several adapters carry a whole tensor of their own here",
+        tensor=name,
+        found=", ".join(adapter.origin for adapter in adapters if name in adapter.others),
+        remedy="Average them with --heads average, or keep those of model N with --heads keep:N.",
+    )

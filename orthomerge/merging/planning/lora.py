@@ -1,0 +1,239 @@
+"""Plan the merge of LoRA adapters into one LoRA adapter; only DoRA needs their base.
+
+Headers only. A module that an adapter does not change takes part as a change of zero, as it would
+in full weights, unless the request says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import PurePosixPath
+
+from orthomerge.adapters.config import CONFIG_NAME
+from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_updates import LoraUpdate
+from orthomerge.adapters.sources import Source
+from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
+from orthomerge.merging.lora_modules import JoinedLora, joined_lora
+from orthomerge.merging.lora_output import LoraOutput
+from orthomerge.merging.plan import MergeRequest, Task
+from orthomerge.merging.planning.carried import carried_names, carried_task, copy_task
+from orthomerge.merging.planning.draft import (
+    Draft,
+    compute_dtype,
+    piece_elements,
+    resolve_settings,
+    rule_problems,
+    weight_sum_problem,
+)
+from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.views import open_views
+from orthomerge.merging.registry import MergeMethod
+from orthomerge.merging.rules import LayerMap
+
+__all__ = ["draft_tasks"]
+
+
+def draft_tasks(
+    request: MergeRequest, method: MergeMethod, models: Sequence[Source], base: Source | None
+) -> Draft:
+    """Return the tasks of a merge of LoRA adapters, with everything that is wrong with them."""
+    draft = Draft(piece_elements=piece_elements(request), filename="adapter_model.safetensors")
+    adapters = [model.lora for model in models if model.lora is not None]
+    modules = joined_lora(adapters, draft.problems)
+    stored = [part.dtype for module in modules.values() for part in module.parts if part]
+    draft.compute_dtype = compute_dtype(request, stored)
+    draft.problems += _agreement_problems(request, adapters, modules, base)
+    weights = _base_weights(models, base, draft)
+    _note_absent(request, adapters, modules, draft)
+    if draft.problems:
+        return draft
+    draft.lora = _output(request, method, adapters, modules)
+    layers = LayerMap.of([*modules, *carried_names(adapters)])
+    draft.problems += rule_problems(request, method, layers.positions)
+    for module in modules.values():
+        task = _factors_task(request, method, module, adapters, layers, draft)
+        onto = weights[module.name] if draft.lora.dora else None
+        draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
+    for name in carried_names(adapters):
+        info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
+        draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.base_copies):
+        keys = tuple(adapter.base_copies.get(name) for adapter in adapters)
+        info = next(a.source.tensors[k] for a, k in zip(adapters, keys, strict=True) if k)
+        draft.tasks.append(copy_task(info, keys, None))
+    draft.written_files[CONFIG_NAME] = draft.lora.config_text(draft.lora.bounds)
+    return draft
+
+
+def _base_weights(
+    models: Sequence[Source], base: Source | None, draft: Draft
+) -> dict[str, TensorInfo]:
+    """Return the base's weight of each module, and check that the adapters fit them."""
+    if base is None or draft.problems:
+        return {}
+    views = open_views(models, base, draft.problems)
+    draft.changes = tuple(view.changes for view in views)
+    return {
+        update.module.name: base.checkpoint.tensors[name]
+        for changes in draft.changes
+        if changes is not None
+        for name, update in changes.updates.items()
+        if isinstance(update, LoraUpdate)
+    }
+
+
+def _with_base(task: Task, weight: TensorInfo, draft: Draft) -> Task:
+    """Let a task read the base's weight, for DoRA's norms."""
+    lifted = weight.numel * ITEM_SIZES[draft.compute_dtype]
+    peak = task.peak_bytes + 2 * min(lifted, 4 * draft.piece_elements * 8)
+    read = task.read_bytes + weight.nbytes
+    return replace(task, base=weight.name, batch=None, peak_bytes=peak, read_bytes=read)
+
+
+def _output(
+    request: MergeRequest,
+    method: MergeMethod,
+    adapters: Sequence[LoraAdapter],
+    modules: dict[str, JoinedLora],
+) -> LoraOutput:
+    bounds, rule = {}, request.rank
+    for name, module in modules.items():
+        taking_part = [rank for rank in module.ranks if rank]
+        lossless = min(method.output_rank(taking_part), module.rows, module.columns)
+        most = int(rule.value) if rule and not rule.from_data else lossless
+        bounds[name] = max(1, min(most, lossless))
+    dtype = dtype_from_name(request.dtype) if request.dtype else None
+    configs = [adapter.config for adapter in adapters]
+    saved = {name for config in configs for name in config.names("modules_to_save")}
+    first = configs[0]
+    return LoraOutput(
+        modules=modules,
+        dtypes={name: dtype or module.first.dtype for name, module in modules.items()},
+        bounds=bounds,
+        rule=rule,
+        settings={
+            "base_model": first.values.get("base_model_name_or_path"),
+            "revision": first.values.get("revision"),
+            "task_type": first.values.get("task_type"),
+            "fan_in_fan_out": first.value("fan_in_fan_out", bool, False),
+            "modules_to_save": saved,
+        },
+        dora=request.form == "dora",
+    )
+
+
+def _factors_task(
+    request: MergeRequest,
+    method: MergeMethod,
+    module: JoinedLora,
+    adapters: Sequence[LoraAdapter],
+    layers: LayerMap,
+    draft: Draft,
+) -> Task:
+    assert draft.lora is not None
+    settings = resolve_settings(request, method, module.name, layers)
+    present = [part is not None or request.absent == "zero" for part in module.parts]
+    problem = weight_sum_problem(method, settings, present, module.name)
+    draft.problems += [problem] if problem else []
+    info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
+    # A nested method sees one module at a time, with random numbers of its own.
+    alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
+    shape = module.kind, module.rows, module.columns, module.ranks, info.shape, info.dtype
+    return Task(
+        info=info,
+        kind="factors",
+        models=tuple(part.name if part else None for part in module.parts),
+        base=None,
+        weights=settings.weights,
+        parameters=settings.parameters,
+        peak_bytes=factors_bytes(module, method, draft.compute_dtype),
+        read_bytes=sum(
+            adapter.source.tensors[key].nbytes
+            for adapter, part in zip(adapters, module.parts, strict=True)
+            for key in (part.keys if part else ())
+        ),
+        partners=tuple(partners),
+        batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
+    )
+
+
+def _agreement_problems(
+    request: MergeRequest,
+    adapters: Sequence[LoraAdapter],
+    modules: dict[str, JoinedLora],
+    base: Source | None,
+) -> list[OrthoMergeError]:
+    """Return why these adapters do not belong together, or cannot be one adapter."""
+    problems: list[OrthoMergeError] = []
+    bases = {a.origin: a.config.values.get("base_model_name_or_path") for a in adapters}
+    names = {
+        PurePosixPath(str(base).rstrip("/")).name.casefold() for base in bases.values() if base
+    }
+    if len(names) > 1 and not request.assume_same_base:
+        found = ", ".join(f"{base} ({origin})" for origin, base in bases.items())
+        problems.append(
+            AdapterError(
+                "the adapters name different base models",
+                found=found,
+                remedy="Merge adapters of one base. If these are one model under several names, "
+                "pass --assume-same-base.",
+            )
+        )
+    flags = {adapter.config.value("fan_in_fan_out", bool, False) for adapter in adapters}
+    if len(flags) > 1:
+        problems.append(
+            AdapterError(
+                "the adapters' fan_in_fan_out differ, so their bases store weights differently",
+                remedy="Merge adapters of one base model.",
+            )
+        )
+    dora = next((module for module in modules.values() if module.dora), None)
+    if dora is not None and request.form != "dora":
+        known = "" if base else "Pass --base (in a recipe: base), the model they were trained on. "
+        problems.append(
+            AdapterError(
+                "DoRA scales the rows of the base's weights, which no low-rank change can express",
+                tensor=dora.name,
+                remedy=f"{known}With --base the result is a full checkpoint, with --as dora as "
+                "well a DoRA adapter.",
+            )
+        )
+    biased = next((module for module in modules.values() if module.biased), None)
+    if biased is not None and request.form == "dora":
+        problems.append(
+            AdapterError(
+                "PEFT has no biases of B beside magnitudes",
+                tensor=biased.name,
+                remedy="Pass --as full.",
+            )
+        )
+    absent = [m.name for m in modules.values() if None in m.parts]
+    if absent and request.absent == "error":
+        problems.append(
+            RecipeError(
+                f"{len(absent)} of {len(modules)} modules are not in every adapter",
+                tensor=absent[0],
+                remedy="Pass --absent zero or skip.",
+            )
+        )
+    return problems
+
+
+def _note_absent(
+    request: MergeRequest,
+    adapters: Sequence[LoraAdapter],
+    modules: dict[str, JoinedLora],
+    draft: Draft,
+) -> None:
+    meaning = "it is left out there" if request.absent == "skip" else "it counts as no change there"
+    for position, adapter in enumerate(adapters):
+        absent = [name for name, module in modules.items() if module.parts[position] is None]
+        if absent:
+            draft.notes.append(
+                f"{adapter.origin} does not change {len(absent)} of {len(modules)} modules "
+                f"(e.g. {absent[0]}): {meaning}"
+            )
