@@ -29,6 +29,7 @@ class Contender:
         method: Id in orthomerge's catalogue, or a combination type of PEFT.
         parameters: What differs from the method's defaults.
         maker: ``orthomerge`` or ``peft``.
+        dense: Merge full matrices, not adapters, as methods of full checkpoints are published.
         tuned: Whether to look for its best strength; not where its update points the same way
             as another contender's.
     """
@@ -36,6 +37,7 @@ class Contender:
     method: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     maker: str = "orthomerge"
+    dense: bool = False
     tuned: bool = True
 
 
@@ -44,8 +46,10 @@ CONTENDERS: dict[str, Contender] = {
     "task-arithmetic": Contender("task-arithmetic"),
     "linear": Contender("linear", tuned=False),  # task arithmetic / number of experts
     "ties": Contender("ties"),
+    "ties-dense": Contender("ties", dense=True),
     "dare": Contender("dare"),
     "dare-ties": Contender("dare-ties"),
+    "dare-ties-dense": Contender("dare-ties", dense=True),
     "della": Contender("della"),
     "magnitude-prune": Contender("magnitude-prune"),
     "knots-ties": Contender("knots", {"op": "ties"}),
@@ -53,6 +57,7 @@ CONTENDERS: dict[str, Contender] = {
     "core-iso-c": Contender("core", {"op": "iso-c"}),
     "tsv-m": Contender("tsv-m"),
     "iso-c": Contender("iso-c"),
+    "iso-c-dense": Contender("iso-c", dense=True),
     "iso-cts": Contender("iso-cts"),
     "pico": Contender("pico"),
     "norm-cap": Contender("norm-cap"),

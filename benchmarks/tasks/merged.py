@@ -34,7 +34,8 @@ class MergedUpdate:
 
     Args:
         update: What it adds, at its own strength.
-        form: ``adapter`` (adapters in, adapter out, no base) or ``base`` (merged into the base).
+        form: ``adapter`` (adapters in, adapter out, no base), ``base`` (adapters merged into the
+            base) or ``dense`` (full matrices).
         seconds: Of the merge itself, reading and writing included.
         refusal: Why there is no adapter, where the form is ``base``.
     """
@@ -74,15 +75,28 @@ def _difference(weights: Mapping[str, Tensor], encoder: Encoder) -> Update:
 
 
 def merged_update(
-    contender: Contender, folders: Sequence[Path], encoder: Encoder, seed: int
+    contender: Contender,
+    folders: Sequence[Path],
+    encoder: Encoder,
+    seed: int,
+    updates: Sequence[Update],
 ) -> MergedUpdate:
     """Merge experts: adapter in, adapter out where the method can, else into the base.
+
+    Args:
+        contender: The method.
+        folders: The experts.
+        encoder: Holds the base.
+        seed: Of methods that draw random numbers.
+        updates: What the folders' adapters add, for a dense merge.
 
     Raises:
         OrthoMergeError: The method can do neither; the message is that of the merge with a base.
     """
     if contender.maker == "peft":
         return _peft(contender, folders, encoder)
+    if contender.dense:
+        return _dense(contender, updates, encoder, seed)
     scratch = Path(tempfile.mkdtemp(prefix="orthomerge-tasks-"))
     arguments: dict[str, Any] = {"method": contender.method, "seed": seed, **contender.parameters}
     sources = [str(folder) for folder in folders]
@@ -100,6 +114,19 @@ def merged_update(
         return MergedUpdate(read_update(scratch / "merged", encoder), "adapter", elapsed)
     finally:
         shutil.rmtree(scratch)
+
+
+def _dense(
+    contender: Contender, updates: Sequence[Update], encoder: Encoder, seed: int
+) -> MergedUpdate:
+    base = {f"{name}.weight": weight.cpu() for name, weight in encoder.base.items()}
+    models = [{f"{n}.weight": base[f"{n}.weight"] + u[n] for n in u} for u in updates]
+    started = time.perf_counter()
+    result = orthomerge.merge(
+        models, base=base, method=contender.method, seed=seed, **contender.parameters
+    )
+    elapsed = time.perf_counter() - started
+    return MergedUpdate(_difference(result.tensors or {}, encoder), "dense", elapsed)
 
 
 def _peft(contender: Contender, folders: Sequence[Path], encoder: Encoder) -> MergedUpdate:

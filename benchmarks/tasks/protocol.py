@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tasks.contenders import Contender, walk
 from tasks.encoder import Encoder, Tokens
-from tasks.merged import Update, merged_update, norm, read_update
+from tasks.merged import MergedUpdate, Update, merged_update, norm, read_update
 from tasks.splits import Examples
 
 __all__ = ["Bench", "Sizes", "bits", "cell_path", "unpacked"]
@@ -121,7 +121,7 @@ class Bench:
         """Measure one merge method on one set of experts."""
         started = time.perf_counter()
         updates = {task: self._expert(folder) for task, folder in folders.items()}
-        merged = merged_update(contender, list(folders.values()), self.encoder, seed)
+        merged = self._merge(contender, folders, seed)
         own = norm([merged.update]) / norm(list(updates.values()))
         cell: dict[str, Any] = {"form": merged.form, "refusal": merged.refusal}
         cell |= {"own_strength": own, "untuned": self.correct(merged.update, 1.0)}
@@ -136,6 +136,10 @@ class Bench:
             cell |= self._held_out(contender, folders, seed, updates, tried)
         seconds["total"] = time.perf_counter() - started
         return {**cell, "seconds": {k: round(v, 2) for k, v in seconds.items()}}
+
+    def _merge(self, contender: Contender, folders: Mapping[str, Path], seed: int) -> MergedUpdate:
+        updates = [self._expert(folder) for folder in folders.values()]
+        return merged_update(contender, list(folders.values()), self.encoder, seed, updates)
 
     def _search(
         self, measure: Callable[[float], dict[str, float]]
@@ -161,8 +165,8 @@ class Bench:
         found: dict[str, Any] = {name: {} for name in names}
         for task in self.tasks:
             others = [name for name in self.tasks if name != task]
-            sources = [folders[name] for name in others]
-            update = merged_update(contender, sources, self.encoder, seed).update
+            sources = {name: folders[name] for name in others}
+            update = self._merge(contender, sources, seed).update
             found["held_out_untuned"] |= self.correct(update, 1.0, "held_out", [task])
             if tried:
                 strength = best(tried, others)
