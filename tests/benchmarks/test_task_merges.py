@@ -221,7 +221,7 @@ class FakeEncoder:
 
     def __init__(self, likes: dict[str, float]) -> None:
         self.likes, self.base, self.weight = likes, {"w": torch.zeros(1, 1)}, 0.0
-        self.scored: list[tuple[str, float]] = []
+        self.scored: list[tuple[str, float, int]] = []
 
     def tokens(self, split):
         return split
@@ -230,7 +230,7 @@ class FakeEncoder:
         self.weight = float(update["w"]) * strength if update else 0.0
 
     def score(self, task, tokens):
-        self.scored.append((task, round(self.weight, 6)))
+        self.scored.append((task, round(self.weight, 6), len(tokens.texts)))
         loss = abs(self.weight - self.likes[task]) * (1.5 if task == "c" else 1)
         return SimpleNamespace(loss=loss, correct=torch.ones(len(tokens.texts)) > 0)
 
@@ -261,12 +261,12 @@ def judged(monkeypatch: pytest.MonkeyPatch):
 def test_the_strength_is_relative_to_the_sum_and_chosen_by_loss(judged) -> None:
     cell, scored, merges = judged
     assert cell["own_strength"] == pytest.approx(2.0)
-    assert scored[:3] == [("a", 6.0), ("b", 6.0), ("c", 6.0)]  # untuned: as merged
+    tested = [(task, weight) for task, weight, count in scored if count == 8]
+    assert tested[:3] == [("a", 6.0), ("b", 6.0), ("c", 6.0)], "untuned: as merged"
+    assert tested[3:] == [("a", 0.9), ("b", 0.9), ("c", 0.9)], "tuned: .3 of the sum"
     # sum = 3: 2 |3 s - .9| + 1.5 |3 s - 6| is smallest at s = .3
     assert cell["strength"] == 0.3
     assert merges[0] == ["a", "b", "c"]
-    chosen = [weight for task, weight in scored if task == "c"]
-    assert 0.9 in chosen
 
 
 def test_a_held_out_task_has_no_say_and_no_expert(judged) -> None:
@@ -275,8 +275,7 @@ def test_a_held_out_task_has_no_say_and_no_expert(judged) -> None:
     held = cell["held_out_strength"]
     assert held["c"] == 0.3
     assert held["a"] == 0.6, "without a, c outweighs b: the largest strength that was tried"
-    last = scored[-1]
-    assert last == ("c", pytest.approx(2 * 0.3)), "two experts are left of three"
+    assert scored[-1] == ("c", pytest.approx(2 * 0.3), 4), "two experts are left of three"
     assert protocol.unpacked(cell["held_out_tuned"]["c"], 4) == [True] * 4
 
 
