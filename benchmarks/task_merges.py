@@ -27,7 +27,7 @@ from tasks.families import FAMILIES
 from tasks.protocol import Sizes
 from tasks.schedule import carry_out, estimate
 from tasks.session import Session
-from tasks.splits import TASKS
+from tasks.splits import DEFAULT_TASKS, TASKS
 from tasks.summary import family_summary
 from tasks.tables import method_table
 
@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     line.add_argument("--families", nargs="+", default=["lora", "lora_imb"], choices=FAMILIES)
     line.add_argument("--methods", nargs="+", default=list(CONTENDERS), metavar="NAME")
     line.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    line.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    line.add_argument("--tasks", nargs="+", default=list(DEFAULT_TASKS), choices=TASKS)
     line.add_argument("--steps", type=int, default=60, help="training steps per expert")
     line.add_argument("--test", type=int, default=400, help="test texts per task")
     line.add_argument("--validation", type=int, default=100, help="validation texts per task")
