@@ -67,7 +67,7 @@ def parse_rank(value: object) -> RankRule | None:
     if value is None:
         return None
     text = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
-    match = re.fullmatch(r"(?:(energy|parameters):)?(\d+(?:\.\d+)?(?:e\d+)?)", text)
+    match = re.fullmatch(r"(?:(energy|parameters):)?(\d+\.?\d*|\.\d+)", text)
     if match:
         kind, number = match[1] or "rank", float(match[2])
         whole = number.is_integer() and number >= 1

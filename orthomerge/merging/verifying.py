@@ -38,6 +38,7 @@ def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
     tasks = [task for task in plan.tasks if task.kind == "factors"]
     if not tasks:
         return
+    names = plan.lora.names if plan.lora else {}
     source = open_source(path)
     try:
         for task in tasks:
@@ -47,7 +48,7 @@ def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
                 found = torch.linalg.vector_norm(stored.float(), dtype=torch.float64).item()
                 size = expected
             else:
-                name = next(name for name in task.models if name)
+                name = names[next(name for name in task.models if name)]
                 factors = Factors(*source.lora.factors(name, torch.float32))
                 found = factors.norm().item()
                 size = float(factors.B.norm() * factors.A.norm())

@@ -6,7 +6,7 @@ Modules of equal shape may come as one batch; nothing here forms a dense change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,15 +27,16 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
 
 
 @dataclass
-class _Inputs:
+class FactorInputs:
     """The factors of one or several modules of equal shape.
 
     Attributes:
@@ -54,10 +55,19 @@ class _Inputs:
     scales: list[Tensor | None] = field(default_factory=list)
     base: BaseWeight | None = None
 
+    @property
+    def folded(self) -> list[float]:
+        """By what each model's B is multiplied, compared with A; of the first module."""
+        module = self.modules[0]
+        found = [1.0 if part is None else part.scale for part in module.parts]
+        if module.kind == "embedding":  # which is turned: the scale is in its A
+            found = [1 / scale if scale else 0.0 for scale in found]
+        return [found[at] for at in self.positions]
+
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
-    inputs = _read(tasks, context)
+    inputs = read_factors(tasks, context)
     try:
         merged = merge_factors(
             context.plan.method,
@@ -65,6 +75,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             weights=inputs.weights,
             survey=context.survey,
             draws=context.draws(tasks[0], inputs.positions),
+            folded=inputs.folded,
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -78,6 +89,8 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(module, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
             details.append(_write(task, module, inputs, result, facts, context))
@@ -85,14 +98,14 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     return details
 
 
-def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+def read_factors(tasks: Sequence[Task], context: Context) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters = _adapters(context)
-    modules = [_module(task, context) for task in tasks]
+    modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     weights = [tasks[0].weights[at] for at in here]
-    inputs = _Inputs(modules, [], weights, here)
+    inputs = FactorInputs(modules, [], weights, here)
     if tasks[0].base is not None:
         inputs.base = BaseWeight(tasks[0], context)
         updates = module_updates(tasks[0], context)
@@ -109,7 +122,8 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
     return inputs
 
 
-def _module(task: Task, context: Context) -> JoinedLora:
+def joined_module(task: Task, context: Context) -> JoinedLora:
+    """Return the module that a task merges, over all adapters."""
     if task.base is None:
         return join_lora(next(name for name in task.models if name), _adapters(context))
     updates = module_updates(task, context)
@@ -141,10 +155,27 @@ def _measure(
         context.spectra[module.name] = singular_values(merged).tolist()
 
 
-def _write(
+def _observed(
     task: Task,
     module: JoinedLora,
     inputs: _Inputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
+
+
+def _write(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
     merged: Factors,
     facts: dict[str, Any],
     context: Context,
@@ -157,7 +188,7 @@ def _write(
         written = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item()
     else:
-        stored, kept = _write_adapter(task, module, inputs.base, merged, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, scales, context)
         written, facts = stored.norm().item(), {**facts, **kept}
     digests = _digests(module, inputs.base, context)
     return {"digests": digests, "facts": facts, "written_norm": written}
@@ -166,7 +197,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    base: BaseWeight | None,
+    inputs: _Inputs,
     merged: Factors,
     scales: Tensor | None,
     context: Context,
@@ -178,20 +209,21 @@ def _write_adapter(
     norm = kept.norm().item()
     magnitude = bias = None
     if context.plan.lora.dora:
-        assert base is not None
-        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+        assert inputs.base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, context)
+        bias = _bias(task, module, inputs, context)
     stored = kept.turned() if module.kind == "embedding" else kept
-    name = next(name for name in task.models if name)
+    output = context.plan.lora
     tensors = lora_tensors(
-        name,
+        output.names[next(name for name in task.models if name)],
         stored.B,
         stored.A,
         kind=module.kind,
         kernel=module.kernel,
         magnitude=magnitude,
         bias=bias,
+        style=output.style,
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
@@ -213,13 +245,18 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
-    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
-    total = torch.zeros(module.rows, dtype=context.compute)
-    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
-        own = adapter.bias(part.name, context.compute) if part else None
-        total = total if own is None else total + weight * own
-    return total * context.factor
+def _bias(task: Task, module: JoinedLora, inputs: _Inputs, context: Context) -> Tensor:
+    """Return the change of the bias, merged as the method merges a full model's biases."""
+    adapters, vectors = _adapters(context), []
+    for at in inputs.positions:
+        part = module.parts[at]
+        own = adapters[at].bias(part.name, context.compute) if part else None
+        vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
+    draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
+    merged = merge_vectors(
+        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+    )
+    return merged * context.factor
 
 
 def _digests(

@@ -28,7 +28,6 @@ __all__ = [
     "merged_scales",
     "module_updates",
     "own_scales",
-    "squared_norm",
     "write_weight",
 ]
 
