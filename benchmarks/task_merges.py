@@ -129,9 +129,11 @@ def report(session: Session, made_with: dict[str, Any], threads: int) -> dict[st
 
 def main() -> int:
     """Run as a program; return 3 when time ran out before everything was done."""
-    options = parser().parse_args()
+    line = parser()
+    options = line.parse_args()
     if options.quick:
-        vars(options).update(_QUICK)
+        line.set_defaults(**_QUICK)  # what was asked for explicitly stays
+        options = line.parse_args()
     console = Console()
     torch.set_num_threads(options.threads)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes

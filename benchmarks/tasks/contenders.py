@@ -41,7 +41,8 @@ class Contender:
     tuned: bool = True
 
 
-#: Every contender by the name it has in the results.
+#: Every contender by the name it has in the results. Methods of task vectors work on adapters in
+#: KnOTS coordinates, so that ``ties`` is KnOTS-TIES; ``ties-dense`` is TIES as published.
 CONTENDERS: dict[str, Contender] = {
     "task-arithmetic": Contender("task-arithmetic"),
     "linear": Contender("linear", tuned=False),  # task arithmetic / number of experts
@@ -52,7 +53,6 @@ CONTENDERS: dict[str, Contender] = {
     "dare-ties-dense": Contender("dare-ties", dense=True),
     "della": Contender("della"),
     "magnitude-prune": Contender("magnitude-prune"),
-    "knots-ties": Contender("knots", {"op": "ties"}),
     "core-ties": Contender("core", {"op": "ties"}),
     "core-iso-c": Contender("core", {"op": "iso-c"}),
     "tsv-m": Contender("tsv-m"),
