@@ -55,8 +55,9 @@ def merge(
     """Merge models into a folder or file.
 
     What the inputs are is recognised by their content; without --method the inputs decide: OFT
-    adapters are merged in the Lie algebra, anything with --base by orthogonal-residual decoupling,
-    full checkpoints without one along the geodesic between them.
+    adapters are merged in the Lie algebra, LoRA adapters by do-merging into one LoRA adapter,
+    anything else with --base by orthogonal-residual decoupling, full checkpoints without one along
+    the geodesic between them.
     """
     merged = opt.gather_recipe(
         models, recipe, weights, settings,

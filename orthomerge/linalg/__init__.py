@@ -37,8 +37,11 @@ if TYPE_CHECKING:
     from orthomerge.linalg.orthogonal_stacks import (
         StackSolver,
         StackTransform,
+        Whitened,
         mean_principal_cosine,
         orthogonalise_stack,
+        stack_overlap,
+        whitened_stack,
     )
     from orthomerge.linalg.planes import PlanesReport, merge_planes, plane_count
     from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_factor
@@ -73,6 +76,7 @@ __all__ = [
     "StackSolver",
     "StackTransform",
     "Truncation",
+    "Whitened",
     "adam_stack",
     "align_blocks",
     "apply_cayley",
@@ -116,9 +120,11 @@ __all__ = [
     "rotational_limit",
     "singular_values",
     "skewness",
+    "stack_overlap",
     "truncated",
     "truncated_svd",
     "unpack_skew",
+    "whitened_stack",
 ]
 
 # No module may carry the name of a function it exports: importing it would replace the function.
@@ -173,8 +179,11 @@ _MODULES = {
     "orthogonal_stacks": (
         "StackSolver",
         "StackTransform",
+        "Whitened",
         "mean_principal_cosine",
         "orthogonalise_stack",
+        "stack_overlap",
+        "whitened_stack",
     ),
     "planes": (
         "PlanesReport",

@@ -14,10 +14,19 @@ import torch
 from torch import Tensor
 
 from orthomerge.errors import NumericalError
+from orthomerge.linalg.block_diagonals import block_mask, blocks_times, diagonal_blocks
 from orthomerge.linalg.precision import full_precision
-from orthomerge.linalg.stack_descent import block_mask, descend_gd, descend_lbfgs
+from orthomerge.linalg.stack_descent import descend_gd, descend_lbfgs
 
-__all__ = ["StackSolver", "StackTransform", "mean_principal_cosine", "orthogonalise_stack"]
+__all__ = [
+    "StackSolver",
+    "StackTransform",
+    "Whitened",
+    "mean_principal_cosine",
+    "orthogonalise_stack",
+    "stack_overlap",
+    "whitened_stack",
+]
 
 StackSolver = Literal["lowdin", "ridge", "gd", "lbfgs"]
 
@@ -30,6 +39,7 @@ class StackTransform:
 
     Attributes:
         C: Transformation [..., R, R] in float64.
+        gram: ``V V^T`` [..., R, R].
         overlap_before: ``||off(W W^T)||_F / ||blkdiag(W W^T)||_F`` [...].
         overlap_after: The same of V.
         drift: ``||V - W||_F / ||W||_F`` [...].
@@ -37,10 +47,50 @@ class StackTransform:
     """
 
     C: Tensor
+    gram: Tensor
     overlap_before: Tensor
     overlap_after: Tensor
     drift: Tensor
     steps: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Whitened:
+    """A stack whose blocks have orthonormal rows, ``D^-1/2 W`` with ``D = blkdiag(W W^T)``.
+
+    Attributes:
+        half: Blocks of ``D^1/2`` [..., N, m, m], padded with zeros.
+        inverse: Blocks of ``D^-1/2``, zero where D is.
+        gram: ``D^-1/2 W W^T D^-1/2`` [..., R, R].
+        ranks: Rank of every block [..., N].
+    """
+
+    half: Tensor
+    inverse: Tensor
+    gram: Tensor
+    ranks: Tensor
+
+
+@full_precision()
+def whitened_stack(G: Tensor, sizes: Sequence[int], null: float = _NULL) -> Whitened:
+    """Whiten every block of a stack by itself, from its Gram matrix alone.
+
+    Args:
+        G: Gram matrix of the rows [..., R, R].
+        sizes: Rows of each block.
+        null: Eigenvalues of a block up to here, relative to its largest, are rounding.
+
+    Raises:
+        NumericalError: G is not finite, or the sizes do not add up to R.
+    """
+    G = _checked(G, sizes)
+    values, vectors = torch.linalg.eigh(diagonal_blocks(G, sizes))
+    kept = values > null * values[..., -1:].clamp(min=torch.finfo(G.dtype).tiny)
+    roots = torch.where(kept, values, 0.0).sqrt()[..., None, :]
+    inverses = torch.where(kept, values, 1.0).rsqrt()[..., None, :] * kept[..., None, :]
+    half, inverse = (vectors * roots) @ vectors.mT, (vectors * inverses) @ vectors.mT
+    left = blocks_times(inverse, G, sizes)
+    return Whitened(half, inverse, blocks_times(inverse, left.mT, sizes).mT, kept.sum(-1))
 
 
 @full_precision()
@@ -56,6 +106,7 @@ def orthogonalise_stack(
     tolerance: float = 1e-6,
     null: float = _NULL,
     rate: float | None = None,
+    whitened: Whitened | None = None,
 ) -> StackTransform:
     """Return the C that lowers the overlap of a stack's blocks, from ``G = W W^T``.
 
@@ -76,6 +127,7 @@ def orthogonalise_stack(
         tolerance: Gradient relative to 1 + L at which they stop.
         null: Eigenvalues up to here, relative to the largest, are rounding and left out by lowdin.
         rate: A fixed step of gd instead of its line search.
+        whitened: What ``whitened_stack`` made of G, if that is known.
 
     Returns:
         C and its report. Rows of zeros stay zero.
@@ -96,7 +148,7 @@ def orthogonalise_stack(
     if len(sizes) < 2:
         C = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device).expand_as(G).clone()
     elif solver == "lowdin":
-        C = _lowdin(N, sizes, strength, null)
+        C = _lowdin(whitened or whitened_stack(G, sizes, null), sizes, strength, null)
     elif solver == "ridge":
         C = _ridge(N, sizes, gamma)
     elif solver == "gd":
@@ -107,14 +159,14 @@ def orthogonalise_stack(
 
 
 @full_precision()
-def mean_principal_cosine(G: Tensor, sizes: Sequence[int], above: float = 0.0) -> Tensor:
+def mean_principal_cosine(W: Whitened, sizes: Sequence[int], above: float = 0.0) -> Tensor:
     """Return how far the blocks of a stack span the same space, over all pairs of blocks.
 
     The singular values of ``(W_i W_i^T)^-1/2 W_i W_j^T (W_j W_j^T)^-1/2`` are the cosines of the
     principal angles; their mean is 1 for equal spans, about ``sqrt(r / d)`` for unrelated ones.
 
     Args:
-        G: Gram matrix of the rows [..., R, R].
+        W: The whitened stack.
         sizes: Rows of each block; blocks of zeros are left out.
         above: Where the cosines' root mean square, which is no less than their mean, is not above
             this, it is returned instead: no singular values are needed then.
@@ -122,39 +174,52 @@ def mean_principal_cosine(G: Tensor, sizes: Sequence[int], above: float = 0.0) -
     Returns:
         The mean [...] in float64; 0 where there are no two blocks.
 
-    >>> float(mean_principal_cosine(torch.ones(2, 2), [1, 1]))
+    >>> float(mean_principal_cosine(whitened_stack(torch.ones(2, 2), [1, 1]), [1, 1]))
     1.0
     """
-    G = _checked(G, sizes)
-    inverse = _block_powers(G, sizes, -0.5, _NULL)
-    whitened = inverse @ G @ inverse
-    ranks = [W.diagonal(dim1=-2, dim2=-1).sum(-1).round() for W in _diagonal(whitened, sizes)]
-    pairs = [(i, j) for i in range(len(sizes)) for j in range(i + 1, len(sizes))]
-    count = sum(
-        (torch.minimum(ranks[i], ranks[j]) for i, j in pairs), torch.zeros_like(G[..., 0, 0])
-    )
-    count = count.clamp(min=1)
-    squares = (whitened * block_mask(G, sizes)).square().sum(dim=(-2, -1)) / 2
+    smaller = torch.minimum(W.ranks[..., :, None], W.ranks[..., None, :])
+    count = smaller.triu(1).sum(dim=(-2, -1)).clamp(min=1)
+    squares = (W.gram * block_mask(W.gram, sizes)).square().sum(dim=(-2, -1)) / 2
     bound = (squares / count).sqrt()
     if not bool((bound > above).any()):
         return bound
-    total = torch.zeros_like(bound)
-    parts = torch.split(whitened, list(sizes), -2)
-    for i, j in pairs:
-        cosines = torch.linalg.svdvals(torch.split(parts[i], list(sizes), -1)[j])
-        total = total + cosines.sum(-1)
+    total, parts = torch.zeros_like(bound), torch.split(W.gram, list(sizes), -2)
+    for i in range(len(sizes)):
+        for j in range(i + 1, len(sizes)):
+            cosines = torch.linalg.svdvals(torch.split(parts[i], list(sizes), -1)[j])
+            total = total + cosines.sum(-1)
     return torch.where(bound > above, total / count, bound)
 
 
-def _reported(C: Tensor, G: Tensor, sizes: Sequence[int], steps: Tensor) -> StackTransform:
+def stack_overlap(G: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return how far blocks are from orthogonal, ``||off(G)||_F / ||blkdiag(G)||_F`` [...].
+
+    >>> float(stack_overlap(torch.tensor([[1.0, 0.5], [0.5, 1.0]]), [1, 1]))
+    0.5
+    """
     off = block_mask(G, sizes)
-    K = C @ G @ C.mT
-    return StackTransform(C, _overlap(G, off), _overlap(K, off), _drift(C, G), steps)
+    inside = torch.linalg.matrix_norm(G * (1 - off))
+    ratio: Tensor = torch.linalg.matrix_norm(G * off) / torch.where(inside > 0, inside, 1.0)
+    return ratio
 
 
-def _lowdin(G: Tensor, sizes: Sequence[int], strength: float, null: float) -> Tensor:
-    half, inverse = _block_powers(G, sizes, 0.5, null), _block_powers(G, sizes, -0.5, null)
-    return half @ _power(inverse @ G @ inverse, -strength / 2, null) @ inverse
+def _reported(C: Tensor, G: Tensor, sizes: Sequence[int], steps: Tensor) -> StackTransform:
+    CG = C @ G
+    moved = C - torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
+    squares = ((CG - G) * moved).sum(dim=(-2, -1)).clamp(min=0)
+    size = G.diagonal(dim1=-2, dim2=-1).sum(-1)
+    drift, K = (squares / torch.where(size > 0, size, 1.0)).sqrt(), CG @ C.mT
+    return StackTransform(C, K, stack_overlap(G, sizes), stack_overlap(K, sizes), drift, steps)
+
+
+def _lowdin(W: Whitened, sizes: Sequence[int], strength: float, null: float) -> Tensor:
+    values, vectors = torch.linalg.eigh(W.gram)
+    kept = values > null * values[..., -1:].clamp(min=torch.finfo(values.dtype).tiny)
+    powers = torch.where(kept, values, 1.0) ** (-strength / 2) * kept
+    left = blocks_times(W.half, vectors * powers[..., None, :], sizes)
+    right = blocks_times(W.inverse, vectors, sizes)  # D^-1/2 is symmetric
+    C: Tensor = left @ right.mT
+    return C
 
 
 def _ridge(G: Tensor, sizes: Sequence[int], gamma: float) -> Tensor:
@@ -169,42 +234,6 @@ def _ridge(G: Tensor, sizes: Sequence[int], gamma: float) -> Tensor:
         C[..., own[:, None], others] = -shared.mT
         start += size
     return C
-
-
-def _power(S: Tensor, exponent: float, null: float) -> Tensor:
-    """Return a power of symmetric positive matrices on their range, zero elsewhere."""
-    values, vectors = torch.linalg.eigh(S)
-    kept = values > null * values[..., -1:].clamp(min=torch.finfo(S.dtype).tiny)
-    powers = torch.where(kept, values, 1.0) ** exponent * kept
-    power: Tensor = (vectors * powers[..., None, :]) @ vectors.mT
-    return power
-
-
-def _block_powers(G: Tensor, sizes: Sequence[int], exponent: float, null: float) -> Tensor:
-    powers = torch.zeros_like(G)
-    for block, target in zip(_diagonal(G, sizes), _diagonal(powers, sizes), strict=True):
-        if block.shape[-1]:
-            target.copy_(_power(block, exponent, null))
-    return powers
-
-
-def _diagonal(X: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    rows = torch.split(X, list(sizes), -2)
-    return [torch.split(row, list(sizes), -1)[at] for at, row in enumerate(rows)]
-
-
-def _overlap(K: Tensor, off: Tensor) -> Tensor:
-    outside = torch.linalg.matrix_norm(K * off)
-    inside = torch.linalg.matrix_norm(K * (1 - off))
-    ratio: Tensor = outside / torch.where(inside > 0, inside, 1.0)
-    return ratio
-
-
-def _drift(C: Tensor, G: Tensor) -> Tensor:
-    moved = C - torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
-    squares = ((moved @ G) * moved).sum(dim=(-2, -1)).clamp(min=0)
-    size = G.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (squares / torch.where(size > 0, size, 1.0)).sqrt()
 
 
 def _mean_square(G: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from orthomerge.linalg.block_diagonals import block_mask
 from orthomerge.linalg.precision import full_precision
 
-__all__ = ["adam_stack", "block_mask", "descend_gd", "descend_lbfgs"]
+__all__ = ["adam_stack", "descend_gd", "descend_lbfgs"]
 
 _ARMIJO = 1e-4
 _MOST_HALVINGS = 60
@@ -183,14 +184,6 @@ def adam_stack(
         denominator = (square / (1 - 0.999**step)).sqrt() + 1e-8
         V = V - eta * (mean / (1 - 0.9**step)) / denominator
     return V
-
-
-def block_mask(X: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return ones [R, R] off the diagonal blocks and zeros on them, in X's dtype and place."""
-    owner = torch.arange(len(sizes), device=X.device).repeat_interleave(
-        torch.tensor(list(sizes), dtype=torch.int64, device=X.device)
-    )
-    return (owner[:, None] != owner).to(X.dtype)
 
 
 class _History:

@@ -1,4 +1,4 @@
-"""``merge_lora`` on the adapters of a loaded PEFT model, against the sums of their dense changes."""
+"""``merge_lora`` on a loaded PEFT model's adapters, against sums of their dense changes."""
 
 from __future__ import annotations
 
