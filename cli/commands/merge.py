@@ -49,6 +49,10 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as `plan` does.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Merge nothing: measure what merging LoRA adapters meets."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: opt.Json = False,
 ) -> None:
@@ -69,6 +73,12 @@ def merge(
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip
+    if explain:
+        if dry_run or resume or overwrite:
+            raise typer.BadParameter("--explain merges nothing: leave out what runs or plans.")
+        from orthomerge_cli.explaining import explain as explain_merge
+
+        return explain_merge(_with_output(merged), as_json=json)
     plan = _plan(_with_output(merged))
     if dry_run:
         from orthomerge_cli.summaries import print_plan

@@ -53,6 +53,7 @@ class LoraModule:
         bias_key: Name of the trained bias of B, if it has one.
         dtype: As stored, in the spelling of the safetensors format.
         alpha_key: Name of the tensor that holds alpha, in formats without a config.
+        values_key: Name of AdaLoRA's singular values, which stand between the factors.
     """
 
     name: str
@@ -68,12 +69,13 @@ class LoraModule:
     bias_key: str | None
     dtype: str
     alpha_key: str | None = None
+    values_key: str | None = None
 
     @property
     def weight_keys(self) -> tuple[str, ...]:
         """Tensors of the adapter that change the module's weight."""
-        magnitude = () if self.magnitude_key is None else (self.magnitude_key,)
-        return (self.a_key, self.b_key, *magnitude)
+        more = (self.values_key, self.magnitude_key)
+        return (self.a_key, self.b_key, *(key for key in more if key is not None))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -135,7 +137,8 @@ class LoraAdapter:
         span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         rs = ", rsLoRA" if self.config.value("use_rslora", bool, False) else ""
         style = "" if self.style == "peft" else f", {self.style}"
-        return f"LoRA adapter (rank {span}{rs}{', DoRA' if self.dora else ''}{style})"
+        kind = "AdaLoRA" if any(m.values_key for m in self.modules.values()) else "LoRA"
+        return f"{kind} adapter (rank {span}{rs}{', DoRA' if self.dora else ''}{style})"
 
     def bias(self, module_name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the change of the module's bias, scale folded in, or None."""
@@ -163,6 +166,8 @@ class LoraAdapter:
         if module.kind == "embedding":
             return module.scale * A.mT, B.mT
         rank = module.rank
+        if module.values_key is not None:
+            A = A * read_finite(self.source, module.values_key, dtype).reshape(rank, 1)
         return module.scale * B.reshape(module.rows, rank), A.reshape(rank, -1)
 
     def magnitude(self, module_name: str, dtype: torch.dtype) -> torch.Tensor | None:

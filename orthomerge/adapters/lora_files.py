@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 __all__ = ["read_lora_file"]
 
 _RESAVE = "The adapter is damaged or was edited; save it again with the program that trained it."
-_ALPHA_DTYPES = ("F16", "BF16", "F32", "F64", "I64", "I32", "I16")
+# How a number of each dtype is unpacked; BF16 is the upper half of a F32.
+_ALPHA_FORMATS = {"F16": "<e", "F32": "<f", "F64": "<d", "I64": "<q", "I32": "<i", "I16": "<h"}
 
 
 @dataclass
@@ -161,9 +163,9 @@ def _module(
 
 def _alpha(checkpoint: Checkpoint, info: TensorInfo) -> float:
     """Read one alpha; 0 is refused because programs disagree about what it means."""
-    if info.numel != 1 or info.dtype not in _ALPHA_DTYPES:
+    if info.numel != 1 or info.dtype not in (*_ALPHA_FORMATS, "BF16"):
         raise _broken(checkpoint.origin, info, "an alpha is not one number", "a scalar")
-    alpha = float(checkpoint.read(info.name).double().reshape(()))
+    alpha = _number(checkpoint, info)
     if not math.isfinite(alpha):
         raise NumericalError(
             "an alpha is not finite",
@@ -180,6 +182,15 @@ def _alpha(checkpoint: Checkpoint, info: TensorInfo) -> float:
             remedy="Save it with the rank as its alpha for a scale of 1.",
         )
     return alpha
+
+
+def _number(checkpoint: Checkpoint, info: TensorInfo) -> float:
+    """Read a tensor of one number; without torch, which planning does without."""
+    raw = bytearray(info.nbytes)
+    checkpoint.read_into(info.name, memoryview(raw))
+    if info.dtype == "BF16":
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return float(struct.unpack(_ALPHA_FORMATS[info.dtype], raw)[0])
 
 
 def _configs(checkpoint: Checkpoint) -> dict[str, AdapterConfig]:

@@ -5,9 +5,11 @@ Only tensor names, adapter_config.json and what stands for it in formats without
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from orthomerge.adapters.adalora import read_adalora
 from orthomerge.adapters.boft import BoftAdapter
 from orthomerge.adapters.config import CONFIG_NAME, AdapterConfig, read_adapter_config
 from orthomerge.adapters.hra import HraAdapter
@@ -43,6 +45,10 @@ _ROTATIONS: dict[str, type[OftAdapter | BoftAdapter | HraAdapter]] = {
     "BOFT": BoftAdapter,
     "HRA": HraAdapter,
 }
+_LOW_RANK: dict[str, Callable[[Checkpoint, AdapterConfig], LoraAdapter]] = {
+    "LORA": LoraAdapter.from_checkpoint,
+    "ADALORA": read_adalora,
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Source:
         checkpoint: Its tensors.
         kind: ``"full"``, ``"OFT"``, or another adapter's PEFT type.
         rotations: The parsed adapter, for OFT, BOFT and HRA.
-        lora: The parsed adapter, for LoRA.
+        lora: The parsed adapter, for LoRA and AdaLoRA.
     """
 
     checkpoint: Checkpoint
@@ -113,8 +119,8 @@ def _adapter(checkpoint: Checkpoint, config: AdapterConfig, marked: str | None) 
     if kind in _ROTATIONS:
         rotations = _ROTATIONS[kind].from_checkpoint(checkpoint, config)
         return Source(checkpoint, kind, rotations=rotations)
-    lora = LoraAdapter.from_checkpoint(checkpoint, config) if kind == "LORA" else None
-    return Source(checkpoint, kind, lora=lora)
+    read = _LOW_RANK.get(kind)
+    return Source(checkpoint, kind, lora=None if read is None else read(checkpoint, config))
 
 
 def _marked_kind(checkpoint: Checkpoint) -> str | None:

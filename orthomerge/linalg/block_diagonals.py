@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["block_diagonal", "block_mask", "blocks_times", "diagonal_blocks"]
+__all__ = ["block_diagonal", "block_mask", "block_owners", "blocks_times", "diagonal_blocks"]
 
 
 def diagonal_blocks(G: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -56,7 +56,15 @@ def blocks_times(blocks: Tensor, X: Tensor, sizes: Sequence[int]) -> Tensor:
 
 def block_mask(X: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return ones [R, R] off the diagonal blocks and zeros on them, in X's dtype and place."""
-    owner = torch.arange(len(sizes), device=X.device).repeat_interleave(
-        torch.tensor(list(sizes), dtype=torch.int64, device=X.device)
-    )
+    owner = block_owners(sizes, X.device)
     return (owner[:, None] != owner).to(X.dtype)
+
+
+def block_owners(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Return the number of the block that each row belongs to [R].
+
+    >>> block_owners([1, 2], torch.device("cpu"))
+    tensor([0, 1, 1])
+    """
+    rows = [at for at, size in enumerate(sizes) for _ in range(size)]
+    return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -38,8 +38,7 @@ def sketch(F: Factors) -> Tensor:
     """
     dtype = working_dtype(F.B, F.A)
     U, V = (
-        _signs(size, side).to(F.B.device, dtype)
-        for size, side in zip(F.shape, _SEEDS, strict=True)
+        _signs(size, side).to(F.B.device, dtype) for size, side in zip(F.shape, _SEEDS, strict=True)
     )
     left, right = U.mT @ F.B.to(dtype), F.A.to(dtype) @ V
     return left.double() @ right.double() / _PROBES

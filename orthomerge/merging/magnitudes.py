@@ -58,7 +58,8 @@ def column_magnitudes(stack: Stack) -> Tensor:
     ``R_i^T R_i = B_i^T B_i``, which cannot cancel.
     """
     values, vectors = torch.linalg.eigh(diagonal_blocks(stack.left.gram, stack.ranks))
-    roots = values.clamp(min=0).sqrt()[..., None] * vectors.mT
+    # The symmetric root, which keeps the padding of unequal ranks where it is.
+    roots = (vectors * values.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT
     T = blocks_times(roots, stack.right.transform, stack.ranks)
     rows = T.to(stack.right.rows.dtype) @ stack.right.rows
     parts = torch.split(rows, list(stack.ranks), -2)
@@ -164,7 +165,7 @@ def automatic_scale(norms: Tensor, weights: Tensor, merged: Tensor) -> Tensor:
     """
     w = weights.abs()
     target = (w * norms).sum(-1) / torch.where(w.sum(-1) > 0, w.sum(-1), 1.0)
-    count = (w > 0).sum(-1).clamp(min=1)
+    count = (w > 0).sum(-1).clamp(min=1).to(w)
     scale = target / torch.where(merged > 0, merged, 1.0)
     scale = torch.minimum(torch.maximum(scale, 1.0 / count), torch.full_like(scale, 2.0))
     return torch.where(merged > 0, scale, 1.0)

@@ -21,7 +21,8 @@ from orthomerge.errors import (
     VerificationError,
 )
 from orthomerge.linalg.devices import require_device
-from orthomerge.merging.engine import execute
+from orthomerge.merging.engine import execute, run_observed
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
@@ -31,7 +32,7 @@ from orthomerge.merging.verifying import verify_output
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergeResult", "run_plan"]
+__all__ = ["MergeResult", "observe_plan", "run_plan"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,29 @@ def run_plan(
     details, resumed = _write(plan, staging, advance)
     elapsed = time.monotonic() - started
     return MergeResult(plan, output, None, elapsed, resumed, details)
+
+
+def observe_plan(
+    plan: Plan,
+    observe: Callable[[MergedModule], None],
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Run the merge of every LoRA module without writing, and show each to a function.
+
+    Modules are read and merged as the merge itself would do it, under the same memory budget.
+
+    Args:
+        plan: A plan with tasks of low-rank factors.
+        observe: Called once per module, in any order and from any thread.
+        advance: Progress: called from any thread with input bytes as they are read.
+
+    Raises:
+        OrthoMergeError: As the merge itself would.
+    """
+    require_device(plan.request.device)
+    run_observed(plan, observe, advance=advance)
+    _check_inputs(plan)
 
 
 def _write(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orthomerge.errors import NumericalError
-from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
+from orthomerge.linalg.block_diagonals import block_owners, blocks_times, diagonal_blocks
 from orthomerge.linalg.factors import Factors, balancing, concatenated, gram
 from orthomerge.linalg.orthogonal_stacks import (
     Whitened,
@@ -100,9 +100,9 @@ class Stack:
         """
         joined, ranks = concatenated(factors), tuple(F.rank for F in factors)
         left, right = Side.of(joined.B.mT), Side.of(joined.A)
+        _require_finite(_diagonal(left.gram) + _diagonal(right.gram), ranks)
         owner = _owners(left.gram, ranks)
         sizes = [_diagonal(side.gram) @ owner for side in (left, right)]
-        _require_finite(sizes[0] + sizes[1])
         squares = _block_sums(left.gram * right.gram, ranks)
         live = squares > _NEGLIGIBLE**2 * sizes[0] * sizes[1]
         w = torch.tensor(list(weights), dtype=left.gram.dtype, device=left.gram.device) * live
@@ -205,7 +205,7 @@ def orthogonalise(
     chosen = _chosen(sides, whitened, stack.ranks, target)
     facts: dict[str, Tensor] = {}
     for name, before in [*sides.items()]:
-        after, drift = before, torch.zeros_like(before.gram[..., 0, 0])
+        after, drift = before, before.gram.new_zeros(before.gram.shape[:-2])
         if bool(chosen[name].any()) and how == "adam":
             after, drift = _by_adam(before, stack.ranks, gamma, normalise, steps)
         elif bool(chosen[name].any()) and how != "none" and how != "adam":
@@ -217,16 +217,17 @@ def orthogonalise(
             after = Side(before.rows, found.C @ before.transform, found.gram)
             drift = found.drift
         sides[name] = after = _where(chosen[name], after, before)
-        facts[f"overlap_{name}_before"] = stack_overlap(before.gram, stack.ranks)
-        facts[f"overlap_{name}_after"] = stack_overlap(after.gram, stack.ranks)
+        facts[f"overlap_{name}_before"] = was = stack_overlap(before.gram, stack.ranks)
+        facts[f"overlap_{name}_after"] = (
+            was if after is before else stack_overlap(after.gram, stack.ranks)
+        )
         facts[f"drift_{name}"] = drift * chosen[name]
     return replace(stack, left=sides["B"], right=sides["A"]), facts
 
 
 def per_row(values: Tensor, ranks: Sequence[int], dim: int = -1) -> Tensor:
     """Repeat one entry per adapter for each of its rows, N -> R along one axis."""
-    counts = torch.tensor(list(ranks), device=values.device)
-    return values.repeat_interleave(counts, dim, output_size=sum(ranks))
+    return values.index_select(dim, block_owners(ranks, values.device))
 
 
 def _chosen(
@@ -236,7 +237,8 @@ def _chosen(
     target: Target,
 ) -> dict[str, Tensor]:
     """Return for each side where it is made orthogonal [...]."""
-    every = torch.ones_like(sides["A"].gram[..., 0, 0], dtype=torch.bool)
+    G = sides["A"].gram
+    every = torch.ones(G.shape[:-2], dtype=torch.bool, device=G.device)
     if target != "auto" or not whitened:
         return {name: every & (target in (name, "both", "auto")) for name in sides}
     shared = {
@@ -285,11 +287,13 @@ def _owners(K: Tensor, ranks: Sequence[int]) -> Tensor:
     return per_row(torch.eye(len(ranks), dtype=K.dtype, device=K.device), ranks, 0)
 
 
-def _require_finite(sizes: Tensor) -> None:
-    bad = ~torch.isfinite(sizes.reshape(-1, sizes.shape[-1])).all(0)
-    if bool(bad.any()):
-        raise NumericalError(
-            "an adapter's factors are not finite",
-            found=f"adapter {', '.join(str(i + 1) for i in bad.nonzero().flatten().tolist())}",
-            remedy="The source is damaged or its training diverged; leave it out.",
-        )
+def _require_finite(squares: Tensor, ranks: Sequence[int]) -> None:
+    if bool(torch.isfinite(squares).all()):
+        return
+    bad = (~torch.isfinite(squares)).reshape(-1, squares.shape[-1]).any(0)
+    adapters = block_owners(ranks, squares.device)[bad].unique().tolist()
+    raise NumericalError(
+        "an adapter's factors are not finite",
+        found=f"adapter {', '.join(str(at + 1) for at in adapters)}",
+        remedy="The source is damaged or its training diverged; leave it out.",
+    )

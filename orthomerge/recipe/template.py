@@ -59,7 +59,13 @@ def _models(method: MergeMethod) -> list[str]:
         entries.append(f"  - path: {folder}")
         if method.uses_weights:
             entries.append("    weight: 1.0")
-    head = base if method.needs_base else optional if method.space in (Space.ROTATION, Space.FACTORS) else []
+    head = (
+        base
+        if method.needs_base
+        else optional
+        if method.space in (Space.ROTATION, Space.FACTORS)
+        else []
+    )
     return [*head, "models:", *entries]
 
 

@@ -34,15 +34,16 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
 
 
 @dataclass
-class _Inputs:
+class FactorInputs:
     """The factors of one or several modules of equal shape.
 
     Attributes:
@@ -63,10 +64,19 @@ class _Inputs:
     base: BaseWeight | None = None
     sources: list[HashingSource] = field(default_factory=list)
 
+    @property
+    def folded(self) -> list[float]:
+        """By what each model's B is multiplied, compared with A; of the first module."""
+        module = self.modules[0]
+        found = [1.0 if part is None else part.scale for part in module.parts]
+        if module.kind == "embedding":  # which is turned: the scale is in its A
+            found = [1 / scale if scale else 0.0 for scale in found]
+        return [found[at] for at in self.positions]
+
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
-    inputs = _read(tasks, context)
+    inputs = read_factors(tasks, context, hashing=not context.measuring)
     try:
         merged = merge_factors(
             context.plan.method,
@@ -74,6 +84,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             weights=inputs.weights,
             survey=context.survey,
             draws=context.draws(tasks[0], inputs.positions),
+            folded=inputs.folded,
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -88,6 +99,8 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(module, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
             details.append(_write(task, module, inputs, result, norm, facts, context))
@@ -95,17 +108,17 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     return details
 
 
-def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+def read_factors(tasks: Sequence[Task], context: Context, *, hashing: bool = False) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
     adapters, sources = _adapters(context), []
-    if context.plan.request.provenance and not context.measuring:
+    if hashing and context.plan.request.provenance:
         sources = [HashingSource(model.checkpoint) for model in context.plan.models]
         adapters = [replace(a, source=s) for a, s in zip(adapters, sources, strict=True)]
-    modules = [_module(task, context) for task in tasks]
+    modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     weights = [tasks[0].weights[at] for at in here]
-    inputs = _Inputs(modules, [], weights, here, sources=sources)
+    inputs = FactorInputs(modules, [], weights, here, sources=sources)
     if tasks[0].base is not None:
         inputs.base = BaseWeight(tasks[0], context)
         updates = module_updates(tasks[0], context)
@@ -122,7 +135,8 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
     return inputs
 
 
-def _module(task: Task, context: Context) -> JoinedLora:
+def joined_module(task: Task, context: Context) -> JoinedLora:
+    """Return the module that a task merges, over all adapters."""
     if task.base is None:
         return join_lora(next(name for name in task.models if name), _adapters(context))
     updates = module_updates(task, context)
@@ -154,10 +168,27 @@ def _measure(
         context.spectra[module.name] = singular_values(merged).tolist()
 
 
+def _observed(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
+
+
 def _write(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     merged: Factors,
     norm: Tensor | None,
     facts: dict[str, Any],
@@ -173,7 +204,7 @@ def _write(
         details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item() if size is None else size
     else:
-        stored, kept = _write_adapter(task, module, inputs.base, merged, size, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, context)
         details["written_sketch"] = sketch(stored).tolist()
         facts = {**facts, **kept}
     return {**details, "facts": facts}
@@ -182,7 +213,7 @@ def _write(
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    base: BaseWeight | None,
+    inputs: FactorInputs,
     merged: Factors,
     size: float | None,
     scales: Tensor | None,
@@ -193,10 +224,10 @@ def _write_adapter(
     kept, facts = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
     if context.plan.lora.dora:
-        assert base is not None
-        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+        assert inputs.base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, context)
+        bias = _bias(task, module, inputs, context)
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
@@ -240,16 +271,21 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
-    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
-    total = torch.zeros(module.rows, dtype=context.compute)
-    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
-        own = adapter.bias(part.name, context.compute) if part else None
-        total = total if own is None else total + weight * own
-    return total * context.factor
+def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
+    """Return the change of the bias, merged as the method merges a full model's biases."""
+    adapters, vectors = _adapters(context), []
+    for at in inputs.positions:
+        part = module.parts[at]
+        own = adapters[at].bias(part.name, context.compute) if part else None
+        vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
+    draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
+    merged = merge_vectors(
+        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+    )
+    return merged * context.factor
 
 
-def _digests(module: JoinedLora, inputs: _Inputs, context: Context) -> list[list[list[str]]]:
+def _digests(module: JoinedLora, inputs: FactorInputs, context: Context) -> list[list[list[str]]]:
     """Return the [tensor name, digest] pairs of each source, in the order base, models."""
     if not inputs.sources:
         return []

@@ -31,6 +31,7 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.model_scope import check_factored, check_model_survey
 from orthomerge.merging.planning.views import open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
@@ -67,6 +68,7 @@ def draft_tasks(
         task = _factors_task(request, method, module, adapters, layers, draft)
         onto = weights[module.name] if draft.lora.dora else None
         draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
+    check_model_survey(request, draft)
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
@@ -178,7 +180,7 @@ def _factors_task(
     # A nested method sees one module at a time, with random numbers of its own.
     alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
     shape = module.kind, module.rows, module.columns, module.ranks, info.shape, info.dtype
-    return Task(
+    task = Task(
         info=info,
         kind="factors",
         models=tuple(part.name if part else None for part in module.parts),
@@ -194,6 +196,8 @@ def _factors_task(
         partners=tuple(partners),
         batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
     )
+    check_factored(method, task, module, draft)
+    return task
 
 
 def _agreement_problems(

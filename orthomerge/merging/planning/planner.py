@@ -86,6 +86,8 @@ def build_plan(request: MergeRequest) -> Plan:
         draft.notes.append(
             f"{request.method} is {method.name}{'' if known else ' for models like these'}"
         )
+    if method.caution:
+        draft.notes.append(method.caution)
     if request.method is None and method.whole:
         draft.notes.append(
             f"{method.name} decomposes every weight matrix; --method "
