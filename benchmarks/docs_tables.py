@@ -169,6 +169,29 @@ def made_by(result: Mapping[str, Any]) -> list[str]:
     return [f"* Inputs: {models}, {inputs['bytes_per_model'] / 1e6:.1f} MB each in bf16.", *lines]
 
 
+def peft_table(result: Mapping[str, Any]) -> list[str]:
+    """Return one row per question to PEFT and orthomerge."""
+    versions = list(result["peft"])
+    rows = [
+        "| what matters | asked | " + " | ".join(f"PEFT {v}" for v in versions) + " | orthomerge |",
+        "|---|---|" + "--:|" * (len(versions) + 1),
+    ]
+    for row in result["cases"]:
+        answers = [result["peft"][v]["answers"][row["name"]] for v in versions]
+        cells = [_answer(answer) for answer in answers]
+        ours = result["ours"][row["name"]]
+        cells.append("refused" if "error" in ours else _answer(ours))
+        rows.append("| " + " | ".join([row["defect"], row["asked"], *cells]) + " |")
+    return rows
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    if "error" in answer:
+        return f"`{answer['error']}`"
+    error = answer["relative_error"]
+    return "exact" if error < 1e-6 else f"{error:.2g}" if error < 0.1 else f"{error:.2f}"
+
+
 def _ratio(facts: Mapping[str, Any], prefix: str) -> str:
     found = [r["wall_seconds"] for peer, r in facts["ratios"].items() if peer.startswith(prefix)]
     return f"{found[0]:.2f}" if found and found[0] is not None else ""
@@ -184,6 +207,8 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "geometry-made-by": ("geometry.json", made_by),
     "decoupled-merge": ("decoupled_merge.json", decoupled_table),
     "decoupled-made-by": ("decoupled_merge.json", made_by),
+    "peft-defects": ("peft_defects.json", peft_table),
+    "peft-defects-made-by": ("peft_defects.json", made_by),
     "real-finetune": ("real_finetune.json", finetune_table),
     "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }

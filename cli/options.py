@@ -80,6 +80,9 @@ Rank = Annotated[
     str | None,
     typer.Option("--rank", help="Of a merged LoRA: a number, energy:0.99 or parameters:1000000."),
 ]
+Style = Annotated[
+    str | None, typer.Option("--style", help="Format of a merged LoRA: peft, kohya or diffusers.")
+]
 Absent = Annotated[
     str | None,
     typer.Option("--absent", help="Modules not in every LoRA adapter: zero, skip or error."),

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["announce", "plan_facts", "print_plan", "print_result", "result_facts"]
 
 _MOST_NOTES = 8
+_LOSSLESS = 1 - 1e-6
+_LOW_ENERGY = 0.9  # of the squared norm of a merged module's change
 
 
 def plan_facts(plan: Plan) -> dict[str, Any]:
     """Return what a plan says, JSON-ready."""
+    output = plan.lora
     kinds: dict[str, int] = {}
     for task in plan.tasks:
         kinds[task.kind] = kinds.get(task.kind, 0) + 1
@@ -31,6 +34,14 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "base": plan.base and {"origin": plan.base.origin, "kind": plan.base.description},
         "parameters": dict(plan.request.parameters),
         "output": plan.request.output and str(plan.request.output),
+        "adapter": output
+        and {
+            "style": output.style,
+            "dora": output.dora,
+            "rank": plan.request.recipe.get("output", {}).get("rank", "lossless"),
+            "largest_rank": max(output.bounds.values()),
+            "modules": len(output.modules),
+        },
         "tensors": len(plan.tasks),
         "tasks": kinds,
         "shards": [shard.filename for shard in plan.layout.shards],
@@ -70,6 +81,13 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     say(f"tensors         {len(plan.tasks)} ({kinds})")
     say(f"compute dtype   {plan.compute_dtype}, rounded once to the output dtype")
     say(f"output          {facts['output'] or 'in memory'}: {files} file(s), {dtypes}")
+    if plan.lora is not None:
+        adapter = facts["adapter"]
+        found = ", found when it runs" if plan.lora.rule and plan.lora.rule.from_data else ""
+        say(
+            f"adapter         {adapter['style']}, {adapter['modules']} modules, "
+            f"rank {adapter['rank']} (at most {adapter['largest_rank']}{found})"
+        )
     say(f"reads           {format_size(plan.read_bytes)}")
     say(f"writes          {format_size(plan.write_bytes)}")
     say(
@@ -106,7 +124,7 @@ def print_result(result: MergeResult) -> None:
             f"rotations: largest angle {angle:.2f}°, distance from orthogonality {residual:.1e}",
             err=True,
         )
-    for line in _measured(result.facts):
+    for line in (*_measured(result.facts), *_ranks(result.facts)):
         say(line, err=True)
     say(str(result.output))
 
@@ -124,6 +142,21 @@ def _measured(facts: dict[str, dict[str, Any]]) -> Iterator[str]:
     turned = [max(layer["angles"]) for layer in layers if layer.get("angles")]
     if turned:
         yield f"turned {len(turned)} layers by up to {math.degrees(max(turned)):.2f}°"
+
+
+def _ranks(facts: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Say in a line what the rank of a merged adapter kept."""
+    modules = {name: found for name, found in facts.items() if "energy" in found}
+    if not modules:
+        return
+    ranks = sorted({found["rank"] for found in modules.values()})
+    span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    least = min(modules, key=lambda name: modules[name]["energy"])
+    energy = modules[least]["energy"]
+    kept = "lossless" if energy > _LOSSLESS else f"keeps at least {energy:.1%} of a module's energy"
+    yield f"adapter of rank {span}, {kept}"
+    if energy < _LOW_ENERGY:
+        yield f"warning: little is kept, least in {least}. Raise --rank or leave it out (lossless)."
 
 
 def _print_notes(plan: Plan) -> None:

@@ -1,7 +1,8 @@
 """Geometry-preserving model merging on safetensors checkpoints and PEFT adapters.
 
-``merge`` and ``plan`` are the doors for scripts; ``linalg`` holds the geometry. Names are loaded on
-first use: importing this package imports neither torch nor transformers nor peft.
+``merge``, ``merge_lora`` and ``plan`` are the doors for scripts; ``linalg`` holds the geometry.
+Names are loaded on first use: importing this package imports neither torch nor transformers nor
+peft.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from orthomerge.merging.registry import merge_method
     from orthomerge.merging.run import MergeResult
     from orthomerge.merging.spaces import Space
+    from orthomerge.recipe.lora import merge_lora
     from orthomerge.recipe.run import merge, plan
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "__version__",
     "linalg",
     "merge",
+    "merge_lora",
     "merge_method",
     "plan",
 ]
@@ -35,6 +38,7 @@ _HOMES = {
     "OrthoMergeError": "orthomerge.errors",
     "Space": "orthomerge.merging.spaces",
     "merge": "orthomerge.recipe.run",
+    "merge_lora": "orthomerge.recipe.lora",
     "merge_method": "orthomerge.merging.registry",
     "plan": "orthomerge.recipe.run",
 }

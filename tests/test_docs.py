@@ -43,6 +43,7 @@ def workplace(tmp_path, monkeypatch):
         write_source(tmp_path / "models" / name, seed)
     for seed, name in enumerate(["first", "second"]):
         write_source(tmp_path / "adapters" / name, seed)
+        write_source(tmp_path / "loras" / name, seed)
     for name in ("first", "second"):
         (tmp_path / "models" / name / "config.json").write_text('{"torch_dtype": "float32"}')
     (tmp_path / "a.safetensors").symlink_to("models/first/model.safetensors")

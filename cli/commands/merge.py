@@ -32,6 +32,7 @@ def merge(
     missing: opt.Missing = None,
     form: opt.Form = None,
     rank: opt.Rank = None,
+    style: opt.Style = None,
     absent: opt.Absent = None,
     heads: opt.Heads = None,
     assume_same_base: opt.SameBase = None,
@@ -48,14 +49,19 @@ def merge(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be done, as `plan` does.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Merge nothing: measure what merging LoRA adapters meets."),
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: opt.Json = False,
 ) -> None:
     """Merge models into a folder or file.
 
     What the inputs are is recognised by their content; without --method the inputs decide: OFT
-    adapters are merged in the Lie algebra, anything with --base by orthogonal-residual decoupling,
-    full checkpoints without one along the geodesic between them.
+    adapters are merged in the Lie algebra, LoRA adapters by do-merging into one LoRA adapter,
+    anything else with --base by orthogonal-residual decoupling, full checkpoints without one along
+    the geodesic between them.
     """
     merged = opt.gather_recipe(
         models, recipe, weights, settings,
@@ -63,9 +69,16 @@ def merge(
         adapters__absent=absent, adapters__heads=heads, adapters__assume_same_base=assume_same_base,
         output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size,
         output__back_map=back_map, output__form=form, output__rank=rank,
+        output__style=style,
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip
+    if explain:
+        if dry_run or resume or overwrite:
+            raise typer.BadParameter("--explain merges nothing: leave out what runs or plans.")
+        from orthomerge_cli.explaining import explain as explain_merge
+
+        return explain_merge(_with_output(merged), as_json=json)
     plan = _plan(_with_output(merged))
     if dry_run:
         from orthomerge_cli.summaries import print_plan

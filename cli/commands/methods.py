@@ -61,6 +61,7 @@ def _needs(method: MergeMethod) -> str:
         "weight": "full models",
         "delta": "anything + base",
         "rotation": "OFT adapters [+ base]",
+        "factors": "LoRA adapters",
     }[method.space.value]
 
 

@@ -19,6 +19,7 @@ def plan(
     missing: opt.Missing = None,
     form: opt.Form = None,
     rank: opt.Rank = None,
+    style: opt.Style = None,
     absent: opt.Absent = None,
     heads: opt.Heads = None,
     assume_same_base: opt.SameBase = None,
@@ -40,6 +41,7 @@ def plan(
         adapters__absent=absent, adapters__heads=heads, adapters__assume_same_base=assume_same_base,
         output__path=output, output__dtype=dtype, output__max_shard_size=max_shard_size,
         output__back_map=back_map, output__form=form, output__rank=rank,
+        output__style=style,
         run__compute_dtype=compute_dtype, run__memory_budget=memory_budget,
         run__workers=workers, run__device=device, no_provenance=no_provenance,
     )  # fmt: skip

@@ -24,13 +24,16 @@ from orthomerge.adapters.hra import HraAdapter
 from orthomerge.adapters.keys import PREFIX, base_tensor_name, base_weight_name, strip_prefix
 from orthomerge.adapters.lora import LoraAdapter, LoraModule
 from orthomerge.adapters.lora_export import (
+    diffusers_metadata,
     lora_config,
-    lora_key,
     lora_tensors,
     padded_factors,
-    saved_key,
-    saved_modules,
 )
+from orthomerge.adapters.lora_files import read_lora_file
+from orthomerge.adapters.lora_keys import lora_key, saved_key, saved_modules
+from orthomerge.adapters.lora_renaming import FlattenedNames, converted_module
+from orthomerge.adapters.lora_styles import LoraStyle
+from orthomerge.adapters.memory import AdapterState, adapter_states, load_adapter_state
 from orthomerge.adapters.negation import negated
 from orthomerge.adapters.oft import OftAdapter, oft_key
 from orthomerge.adapters.rotated import OftModule, RotationAdapter, TensorSource
@@ -42,13 +45,16 @@ __all__ = [
     "EXACT",
     "PREFIX",
     "AdapterConfig",
+    "AdapterState",
     "AdapterUpdates",
     "BackMap",
     "BoftAdapter",
+    "FlattenedNames",
     "HraAdapter",
     "Kind",
     "LoraAdapter",
     "LoraModule",
+    "LoraStyle",
     "MergedModule",
     "OftAdapter",
     "OftConvention",
@@ -56,6 +62,7 @@ __all__ = [
     "RotationAdapter",
     "TensorSource",
     "WeightUpdate",
+    "adapter_states",
     "adapter_updates",
     "adjusted_divisor",
     "apply_left_rotation",
@@ -64,9 +71,12 @@ __all__ = [
     "base_weight_name",
     "common_convention",
     "common_setting",
+    "converted_module",
+    "diffusers_metadata",
     "dora_left_factor",
     "dora_magnitudes",
     "dora_scales",
+    "load_adapter_state",
     "lora_config",
     "lora_key",
     "lora_tensors",
@@ -76,6 +86,7 @@ __all__ = [
     "oft_key",
     "padded_factors",
     "read_adapter_config",
+    "read_lora_file",
     "rotation",
     "saved_key",
     "saved_modules",

@@ -16,7 +16,15 @@ from orthomerge.errors import AdapterError, OrthoMergeError, combined
 if TYPE_CHECKING:
     from orthomerge.checkpoints.header import TensorInfo
 
-__all__ = ["FLOATS", "Contents", "build_modules", "malformed", "read_contents"]
+__all__ = [
+    "DAMAGED",
+    "FLOATS",
+    "Contents",
+    "build_modules",
+    "is_parameter",
+    "malformed",
+    "read_contents",
+]
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 # Prefixes of the parameters that adapters of any kind have.
@@ -24,6 +32,8 @@ _PARAMETER = re.compile(
     r"(?:ada)?lora_|boft_|hra_|ia3_|vera_|hada_|lokr_|vblora_|ln_tuning_|fourierft_|oft_"
 )
 _Module = TypeVar("_Module")
+#: What to do with tensors that PEFT cannot have written.
+DAMAGED = "The adapter is damaged or was edited; save it again with PEFT."
 
 
 @dataclass
@@ -101,6 +111,15 @@ def _sort(
         contents.others[name.replace(".base_layer.", ".")] = info.name
 
 
+def is_parameter(key: str) -> bool:
+    """Return whether a name is one of an adapter's own parameters, of whatever kind.
+
+    >>> is_parameter("a.q.lora_A.weight"), is_parameter("a.q.base_layer.bias")
+    (True, False)
+    """
+    return any(_PARAMETER.match(part) for part in key.split("."))
+
+
 def build_modules(
     contents: Contents,
     build: Callable[[str, Mapping[str, TensorInfo]], _Module],
@@ -132,14 +151,19 @@ def build_modules(
 
 
 def malformed(
-    origin: str, info: TensorInfo, problem: str, expected: object, found: object
+    origin: str,
+    info: TensorInfo,
+    problem: str,
+    expected: object,
+    found: object,
+    remedy: str = DAMAGED,
 ) -> AdapterError:
-    """Return the error of a tensor that PEFT cannot have written."""
+    """Return the error of a tensor that PEFT, or whatever wrote the file, cannot have written."""
     return AdapterError(
         problem,
         file=origin,
         tensor=info.name,
         expected=expected,
         found=found,
-        remedy="The adapter is damaged or was edited; save it again with PEFT.",
+        remedy=remedy,
     )

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from orthomerge.adapters.config import AdapterConfig
-from orthomerge.adapters.contents import build_modules, malformed, read_contents
+from orthomerge.adapters.contents import DAMAGED, build_modules, malformed, read_contents
 from orthomerge.adapters.lora_settings import lora_alpha, lora_problems, lora_scale
+from orthomerge.adapters.lora_styles import LoraStyle
 from orthomerge.adapters.rotated import TensorSource, read_finite
 from orthomerge.errors import AdapterError
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from orthomerge.checkpoints.header import TensorInfo
 
-__all__ = ["LoraAdapter", "LoraKind", "LoraModule"]
+__all__ = ["LoraAdapter", "LoraKind", "LoraModule", "check_factors", "one_per_feature"]
 
 LoraKind = Literal["linear", "conv", "embedding"]
 _A, _B, _EMBEDDING_A, _EMBEDDING_B, _BIAS = (
@@ -39,10 +40,10 @@ class LoraModule:
     """One adapted module, from its tensors' headers.
 
     Attributes:
-        name: Module path in the base model.
+        name: Module path in the base model, as the adapter's format writes it.
         kind: "linear" (also layers that store the transposed weight), "conv" or "embedding".
         rank: r, from the tensors' shapes.
-        alpha: The config's alpha for this module.
+        alpha: The config's, or the file's, alpha for this module.
         scale: Factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA.
         rows: Rows o of the change: output features, or the vocabulary of an embedding.
         shape: Shape of one row of the change: [n], or [c, kh, kw] of a convolution.
@@ -51,6 +52,8 @@ class LoraModule:
         magnitude_key: Name of DoRA's magnitudes, if it has them.
         bias_key: Name of the trained bias of B, if it has one.
         dtype: As stored, in the spelling of the safetensors format.
+        alpha_key: Name of the tensor that holds alpha, in formats without a config.
+        values_key: Name of AdaLoRA's singular values, which stand between the factors.
     """
 
     name: str
@@ -65,12 +68,14 @@ class LoraModule:
     magnitude_key: str | None
     bias_key: str | None
     dtype: str
+    alpha_key: str | None = None
+    values_key: str | None = None
 
     @property
     def weight_keys(self) -> tuple[str, ...]:
         """Tensors of the adapter that change the module's weight."""
-        magnitude = () if self.magnitude_key is None else (self.magnitude_key,)
-        return (self.a_key, self.b_key, *magnitude)
+        more = (self.values_key, self.magnitude_key)
+        return (self.a_key, self.b_key, *(key for key in more if key is not None))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -84,10 +89,11 @@ class LoraAdapter:
 
     Attributes:
         origin: Where it came from, as the user wrote it.
-        config: Its ``adapter_config.json``.
+        config: Its ``adapter_config.json``; empty where the format has none.
         modules: Adapted modules, by module path.
         others: Whole tensors that replace the base's: base tensor name -> name in the adapter.
         base_copies: Base weights of targeted embeddings that PEFT saved along, likewise.
+        style: How its tensors are named. Kohya's module names are not paths: their dots are lost.
 
     References:
         LoRA, arXiv:2106.09685; rsLoRA, arXiv:2312.03732; DoRA, arXiv:2402.09353.
@@ -99,10 +105,11 @@ class LoraAdapter:
     others: dict[str, str]
     base_copies: dict[str, str]
     source: TensorSource = field(repr=False, compare=False)
+    style: LoraStyle = "peft"
 
     @classmethod
     def from_checkpoint(cls, checkpoint: TensorSource, config: AdapterConfig) -> LoraAdapter:
-        """Recognise a LoRA adapter from its headers.
+        """Recognise a LoRA adapter of PEFT's from its headers.
 
         Raises:
             AdapterError: It is a variant that is no fixed change of a weight, or malformed.
@@ -129,7 +136,9 @@ class LoraAdapter:
         ranks = sorted({module.rank for module in self.modules.values()})
         span = f"{ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"{ranks[0]}"
         rs = ", rsLoRA" if self.config.value("use_rslora", bool, False) else ""
-        return f"LoRA adapter (rank {span}{rs}{', DoRA' if self.dora else ''})"
+        style = "" if self.style == "peft" else f", {self.style}"
+        kind = "AdaLoRA" if any(m.values_key for m in self.modules.values()) else "LoRA"
+        return f"{kind} adapter (rank {span}{rs}{', DoRA' if self.dora else ''}{style})"
 
     def bias(self, module_name: str, dtype: torch.dtype) -> torch.Tensor | None:
         """Return the change of the module's bias, scale folded in, or None."""
@@ -157,6 +166,8 @@ class LoraAdapter:
         if module.kind == "embedding":
             return module.scale * A.mT, B.mT
         rank = module.rank
+        if module.values_key is not None:
+            A = A * read_finite(self.source, module.values_key, dtype).reshape(rank, 1)
         return module.scale * B.reshape(module.rows, rank), A.reshape(rank, -1)
 
     def magnitude(self, module_name: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -177,13 +188,10 @@ def _module(
             origin, first, "one factor of a module is missing", " and ".join(wanted), list(infos)
         )
     A, B = (infos[one] for one in wanted)
-    _check_shapes(A, B, embedding, origin)
+    check_factors(A, B, origin, embedding=embedding)
     magnitudes = [infos[one] for one in _MAGNITUDES if one in infos]
     for info in magnitudes:
-        if info.numel != B.shape[0]:
-            raise malformed(
-                origin, info, "is not one magnitude per feature", B.shape[0], list(info.shape)
-            )
+        one_per_feature(info, B.shape[0], "magnitude", origin)
     _check_flag(config, "use_dora", bool(magnitudes), A, origin)
     if not embedding:
         _check_flag(config, "lora_bias", _BIAS in infos, A, origin)
@@ -205,7 +213,14 @@ def _module(
     )
 
 
-def _check_shapes(A: TensorInfo, B: TensorInfo, embedding: bool, origin: str) -> None:
+def check_factors(
+    A: TensorInfo, B: TensorInfo, origin: str, *, embedding: bool = False, remedy: str = DAMAGED
+) -> None:
+    """Refuse headers that are not those of two factors of one rank.
+
+    Raises:
+        AdapterError: They are not.
+    """
     axes = len(A.shape)
     same = axes == len(B.shape) and axes >= 2 and (axes == 2 or not embedding)
     if not same or 0 in A.shape or 0 in B.shape or any(size != 1 for size in B.shape[2:]):
@@ -215,9 +230,23 @@ def _check_shapes(A: TensorInfo, B: TensorInfo, embedding: bool, origin: str) ->
             "these are not the two factors of a low-rank change",
             "A [r, n] and B [o, r], of a convolution A [r, c, kh, kw] and B [o, r, 1, 1]",
             f"{list(A.shape)} and {list(B.shape)}",
+            remedy,
         )
     if A.shape[0] != B.shape[1]:
-        raise malformed(origin, A, "the factors' ranks differ", B.shape[1], A.shape[0])
+        raise malformed(origin, A, "the factors' ranks differ", B.shape[1], A.shape[0], remedy)
+
+
+def one_per_feature(
+    info: TensorInfo, features: int, what: str, origin: str, *, remedy: str = DAMAGED
+) -> None:
+    """Refuse a vector that has not one value per output feature.
+
+    Raises:
+        AdapterError: It has not.
+    """
+    if info.numel != features:
+        problem = f"is not one {what} per feature"
+        raise malformed(origin, info, problem, features, list(info.shape), remedy)
 
 
 def _check_flag(

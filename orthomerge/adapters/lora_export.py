@@ -6,13 +6,15 @@ go through the checkpoint writer.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
-from orthomerge.adapters.keys import PREFIX
 from orthomerge.adapters.lora import LoraKind
+from orthomerge.adapters.lora_keys import check_module_name, lora_key, saved_key, saved_modules
+from orthomerge.adapters.lora_styles import ADAPTER_METADATA, LoraPart, LoraStyle
 from orthomerge.adapters.targets import exact_targets
 from orthomerge.errors import AdapterError
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LoraBias",
+    "diffusers_metadata",
     "lora_config",
     "lora_key",
     "lora_tensors",
@@ -50,25 +53,6 @@ _FIXED: dict[str, Any] = {
 _NO_BIAS = "PEFT has no biases of B beside magnitudes, and none for embeddings"
 
 
-def lora_key(
-    module: str, factor: Literal["A", "B", "magnitude", "bias"], kind: LoraKind = "linear"
-) -> str:
-    """Return the name under which PEFT stores a factor, DoRA's magnitudes, or the bias of B.
-
-    >>> lora_key("encoder.query", "A")
-    'base_model.model.encoder.query.lora_A.weight'
-    >>> lora_key("embed", "B", "embedding")
-    'base_model.model.embed.lora_embedding_B'
-    """
-    if factor == "magnitude":
-        leaf = "lora_magnitude_vector"
-    elif factor == "bias":
-        leaf = "lora_B.bias"
-    else:
-        leaf = f"lora_embedding_{factor}" if kind == "embedding" else f"lora_{factor}.weight"
-    return f"{PREFIX}{module}.{leaf}"
-
-
 def lora_tensors(
     module: str,
     B: torch.Tensor,
@@ -79,14 +63,18 @@ def lora_tensors(
     transposed: bool = False,
     magnitude: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
+    style: LoraStyle = "peft",
 ) -> dict[str, torch.Tensor]:
     """Return the stored tensors of one module whose weight changes by B A.
 
     B [o, r], A [r, n], in the orientation of the base's own tensor, [o, c kh kw] of a convolution.
     With magnitudes the weight becomes ``m (W0 + B A) / ||W0 + B A||``, see ``dora_magnitudes``.
+    Kohya's format gets alpha = r, a scale of 1; diffusers' has that scale without saying so. Its
+    releases up to 0.39 nevertheless scale by something else where ranks differ: write
+    ``diffusers_metadata`` too, or factors padded to one rank.
 
     Args:
-        module: Module path in the base model.
+        module: Module name as the format writes it.
         B: Left factor, scale folded in.
         A: Right factor.
         kind: "linear", "conv" or "embedding".
@@ -94,38 +82,62 @@ def lora_tensors(
         transposed: The layer stores its weight as [in, out], as ``Conv1D`` does.
         magnitude: DoRA's magnitudes, one per output feature; for all modules or for none.
         bias: What is added to the layer's bias; for all modules or for none.
+        style: The format.
 
     Raises:
-        AdapterError: The shapes do not fit together, or PEFT has no such combination.
+        AdapterError: The shapes do not fit together, or the format has no such combination.
 
     >>> import torch
     >>> [tuple(t.shape) for t in lora_tensors("q", torch.ones(3, 1), torch.ones(1, 2)).values()]
     [(1, 2), (3, 1)]
     """
-    if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.shape[1]:
-        raise AdapterError(
-            "these are not two factors of one rank",
-            tensor=module,
-            expected="B [o, r] and A [r, n], r >= 1",
-            found=f"{list(B.shape)} and {list(A.shape)}",
-        )
+    _check_parts(module, B, A, magnitude, bias, kind)
     if transposed or kind == "embedding":
         B, A = A.mT, B.mT
-    features = B.shape[0]
+    features, rank = B.shape
     if kind == "conv":
-        A = A.reshape(A.shape[0], -1, *kernel)
-        B = B.reshape(*B.shape, *[1] * len(kernel))
-    tensors = {lora_key(module, "A", kind): A, lora_key(module, "B", kind): B}
+        A = A.reshape(rank, -1, *kernel)
+        B = B.reshape(features, rank, *[1] * len(kernel))
+    parts: dict[LoraPart, torch.Tensor] = {"A": A, "B": B}
     if magnitude is not None:
         m = _vector(module, magnitude, features, "magnitude")
         # PEFT keeps a convolution's norms as they multiply its output.
-        shape = (1, -1, *[1] * len(kernel)) if kind == "conv" else (-1,)
-        tensors[lora_key(module, "magnitude", kind)] = m.reshape(shape)
+        parts["magnitude"] = m.reshape(1, -1, *[1] * len(kernel)) if kind == "conv" else m
     if bias is not None:
-        if magnitude is not None or kind == "embedding":
-            raise AdapterError(_NO_BIAS, tensor=module, remedy="Add it to the base's bias instead.")
-        tensors[lora_key(module, "bias", kind)] = _vector(module, bias, features, "bias")
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        parts["bias"] = _vector(module, bias, features, "bias")
+    if style == "kohya":  # float32 even beside half precision, which has not every integer
+        parts["alpha"] = A.new_tensor(float(rank), dtype=_float32())
+    return {
+        lora_key(module, part, kind, style=style): value.contiguous()
+        for part, value in parts.items()
+    }
+
+
+def diffusers_metadata(ranks: Mapping[str, int]) -> dict[str, str]:
+    """Return the ``__metadata__`` in which diffusers keeps the ranks and scales of a LoRA file.
+
+    Args:
+        ranks: Rank of each module, by its name in diffusers' format.
+
+    Raises:
+        AdapterError: A name says no component, or there are no modules.
+
+    >>> import json
+    >>> entry = json.loads(diffusers_metadata({"unet.mid_block.to_q": 2})["lora_adapter_metadata"])
+    >>> entry["unet.r"], entry["unet.lora_alpha"]
+    (2, 2)
+    """
+    split: dict[str, dict[str, int]] = {}
+    for module, rank in ranks.items():
+        check_module_name(module, "diffusers")
+        component, _, path = module.partition(".")
+        split.setdefault(component, {})[path] = rank
+    values = {
+        f"{component}.{key}": value
+        for component, own in split.items()
+        for key, value in lora_config(own).items()
+    }
+    return {"format": "pt", ADAPTER_METADATA: json.dumps(values, sort_keys=True)}
 
 
 def padded_factors(
@@ -157,56 +169,29 @@ def padded_factors(
     return pad(B, (0, more)), pad(A, (0, 0, 0, more))
 
 
-def saved_key(name: str, adapted: Collection[str] = ()) -> str:
-    """Return the name under which PEFT stores a whole tensor of the base model.
-
-    Args:
-        name: Its name in the base model.
-        adapted: The modules with factors; their own tensors are one level deeper.
-
-    >>> saved_key("score.weight", {"q"}), saved_key("q.bias", {"q"})
-    ('base_model.model.score.weight', 'base_model.model.q.base_layer.bias')
-    """
-    module, _, leaf = name.rpartition(".")
-    return f"{PREFIX}{module}.base_layer.{leaf}" if module in adapted else f"{PREFIX}{name}"
-
-
-def saved_modules(
-    names: Collection[str], adapted: Collection[str] = (), base_modules: Collection[str] = ()
-) -> list[str]:
-    """Return the ``modules_to_save`` for whole tensors of the base model.
-
-    Single biases need no entry, only ``bias`` in ``lora_config``.
-
-    Args:
-        names: Names of the tensors in the base model.
-        adapted: The modules with factors.
-        base_modules: Paths of the base model's modules, where known.
-
-    Raises:
-        AdapterError: PEFT would save a further module, or one that is adapted, under this name.
-
-    >>> saved_modules(["score.weight", "score.bias", "q.bias", "norm.bias"], {"q"})
-    ['score']
-    """
-    found = sorted({module for name in names if (module := _saved_module(name, names, adapted))})
-    for module in found:
-        # PEFT compares the ends of paths, without regard to the dots.
-        more = sorted(p for p in {*base_modules, *adapted} if p != module and p.endswith(module))
-        if module in adapted or more:
-            raise AdapterError(
-                "is saved whole, and PEFT would save a further module under this name",
-                tensor=module,
-                found=module if module in adapted else more[0],
-                remedy="Write full weights instead of an adapter.",
-            )
-    return found
+def _check_parts(
+    module: str,
+    B: torch.Tensor,
+    A: torch.Tensor,
+    magnitude: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    kind: LoraKind,
+) -> None:
+    if B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0] or not B.shape[1]:
+        raise AdapterError(
+            "these are not two factors of one rank",
+            tensor=module,
+            expected="B [o, r] and A [r, n], r >= 1",
+            found=f"{list(B.shape)} and {list(A.shape)}",
+        )
+    if bias is not None and (magnitude is not None or kind == "embedding"):
+        raise AdapterError(_NO_BIAS, tensor=module, remedy="Add it to the base's bias instead.")
 
 
-def _saved_module(name: str, names: Collection[str], adapted: Collection[str]) -> str | None:
-    module, _, leaf = name.rpartition(".")
-    alone = leaf == "bias" and (module in adapted or f"{module}.weight" not in names)
-    return None if alone else module
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32
 
 
 def _vector(module: str, values: torch.Tensor, features: int, what: str) -> torch.Tensor:
@@ -258,17 +243,10 @@ def lora_config(
     >>> config["r"], config["lora_alpha"], config["rank_pattern"]
     (2, 2, {'^a\\\\.v': 3})
     """
-    if not ranks or min(ranks.values()) < 1:
-        raise AdapterError(
-            "a LoRA adapter needs modules of rank 1 or more",
-            found=", ".join(f"{name}: {rank}" for name, rank in list(ranks.items())[:4]) or "none",
-        )
+    _check_ranks(ranks)
     if dora and lora_bias:
         raise AdapterError(_NO_BIAS, remedy="Add the biases to the base's instead.")
-    counts = Counter(ranks.values())
-    usual = max(counts, key=lambda rank: (counts[rank], -rank))
-    # PEFT lets anything ending in a dot stand before a pattern; the anchor forbids it.
-    pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}
+    usual, pattern = _rank_pattern(ranks)
     return {
         **_FIXED,
         "alpha_pattern": pattern,
@@ -286,3 +264,19 @@ def lora_config(
         "task_type": task_type,
         "use_dora": dora,
     }
+
+
+def _check_ranks(ranks: Mapping[str, int]) -> None:
+    if not ranks or min(ranks.values()) < 1:
+        raise AdapterError(
+            "a LoRA adapter needs modules of rank 1 or more",
+            found=", ".join(f"{name}: {rank}" for name, rank in list(ranks.items())[:4]) or "none",
+        )
+
+
+def _rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
+    """Return the commonest rank, and the others as patterns that match one path each."""
+    counts = Counter(ranks.values())
+    usual = max(counts, key=lambda rank: (counts[rank], -rank))
+    # PEFT lets anything ending in a dot stand before a pattern; the anchor forbids it.
+    return usual, {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != usual}

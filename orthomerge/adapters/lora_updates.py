@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from orthomerge.adapters.keys import base_tensor_name, base_weight_name
 from orthomerge.adapters.lora import LoraAdapter, LoraModule
+from orthomerge.adapters.lora_renaming import FlattenedNames
 from orthomerge.adapters.rotated import read_finite
 from orthomerge.errors import AdapterError, NumericalError, OrthoMergeError
 
@@ -174,9 +175,11 @@ def lora_updates(
     turned: list[LoraModule] = []
     plain: list[LoraModule] = []
     square: list[LoraModule] = []
+    paths = _paths(adapter, base)
     for module in adapter.modules.values():
         try:
-            name = base_weight_name(module.name, base)
+            path = module.name if paths is None else paths.path(module.name)
+            name = base_weight_name(path, base)
             fits = _orientations(module, base[name])
             if not fits:
                 raise _misfit(adapter, module, base[name])
@@ -191,10 +194,28 @@ def lora_updates(
     return found
 
 
+def _paths(adapter: LoraAdapter, base: Mapping[str, TensorInfo]) -> FlattenedNames | None:
+    """Return what finds the base's modules by names that have lost their dots."""
+    if adapter.style != "kohya":
+        return None
+    return FlattenedNames(name.removesuffix(".weight") for name in base if name.endswith(".weight"))
+
+
 def _orientations(module: LoraModule, info: TensorInfo) -> list[bool]:
-    """Return how the change fits the weight: plain (False), transposed (True), both or not."""
+    """Return how the change fits the weight: plain (False), transposed (True), both or not.
+
+    A linear layer and a convolution with a kernel of 1 are the same, and models have either; the
+    factors of a convolution may also be stored as matrices, as AdaLoRA does.
+    """
     rows, size = module.rows, math.prod(module.shape)
-    fits = [False] if info.shape == (rows, *module.shape) else []
+    wanted, found = (rows, *module.shape), info.shape
+    if len(wanted) == 2 < len(found):
+        same = found[0] == rows and math.prod(found[1:]) == size
+    elif len(found) == 2 < len(wanted):
+        same = found == wanted[:2] and set(wanted[2:]) == {1}
+    else:
+        same = found == wanted
+    fits = [False] if same else []
     if module.kind == "linear" and info.shape == (size, rows):
         fits.append(True)
     return fits

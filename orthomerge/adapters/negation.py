@@ -70,6 +70,8 @@ def negated(source: Source, *, strength: float = 1.0) -> tuple[_Tensors, dict[st
 
 
 def _negated_lora(adapter: LoraAdapter, strength: float) -> tuple[_Tensors, dict[str, Any]]:
+    if adapter.style != "peft":
+        raise _impossible(adapter.origin, f"it is a file in {adapter.style}'s format, not PEFT's")
     if adapter.dora:
         raise _impossible(adapter.origin, "DoRA divides by norms of the base's weights")
     negative = {

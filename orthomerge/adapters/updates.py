@@ -200,10 +200,12 @@ def _tied_problems(
 
 
 def _foreign_base(source: Source, module: str, count: int) -> AdapterError:
+    flat = source.lora is not None and source.lora.style == "kohya"
+    like = f"a module like '{module}' with dots for underscores"
     return AdapterError(
         f"none of the {count} modules that the adapter changes is in the base model",
         file=source.origin,
-        expected=f"a tensor like '{module}.weight'",
+        expected=like if flat else f"a tensor like '{module}.weight'",
         remedy="Give the base that it was trained on. If it is that one, transformers saved it "
         "under other names: save it with save_pretrained(..., save_original_format=False).",
     )

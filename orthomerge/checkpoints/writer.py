@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -122,6 +122,7 @@ class StreamingWriter:
         *,
         single_file: bool = False,
         metadata: Mapping[str, str] | None = None,
+        check: Callable[[Path], None] = lambda _: None,
     ) -> None:
         """Complete the output with small files and move it to its place.
 
@@ -129,6 +130,7 @@ class StreamingWriter:
             files: File name to content: config, provenance, model card; the index is added here.
             single_file: The output is the one shard itself, not a folder.
             metadata: Final ``__metadata__`` of the headers; must fit the space of the planned one.
+            check: Called with the complete output before it is moved: a folder, or the one file.
         """
         files = dict(files)
         index = self._layout.index_json()
@@ -143,6 +145,7 @@ class StreamingWriter:
                 os.fsync(handle)
             for name, content in files.items():
                 fsync_write(self._staging.files / name, content)
+            check(self._staging.files / shards[0] if single_file else self._staging.files)
             self._staging.publish({*shards, *files}, shards[0] if single_file else None)
         except OSError as error:
             raise self._disk_error(error, self._staging.files) from error

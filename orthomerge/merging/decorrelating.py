@@ -59,7 +59,8 @@ def do_merge(
     else:
         scale = torch.full_like(size, settings["scale"])
     facts = {"scale": scale, **facts, "imbalance": _imbalance(norms, stack.weights)}
-    return Merged(merged.scaled(torch.where(cancelled, 0.0, scale)), _plain(facts))
+    scale = torch.where(cancelled, 0.0, scale)
+    return Merged(merged.scaled(scale), _plain(facts), norm=size * scale.abs())
 
 
 def _combined(stack: Stack, original: Stack, settings: Mapping[str, Any]) -> tuple[Factors, Tensor]:

@@ -20,10 +20,11 @@ from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.batching import batched_tasks
 from orthomerge.merging.executors import Context, Interrupted, run_tasks
 from orthomerge.merging.norms import UpdateNorms
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.surveys import model_survey
 
-__all__ = ["Interrupted", "execute", "measure_spectra"]
+__all__ = ["Interrupted", "execute", "measure_spectra", "run_observed"]
 
 
 def execute(
@@ -82,6 +83,31 @@ def measure_spectra(plan: Plan) -> dict[str, list[float]]:
         _run_all([task for task in plan.tasks if task.kind == "factors"], context)
     assert context.spectra is not None
     return context.spectra
+
+
+def run_observed(
+    plan: Plan,
+    observe: Callable[[MergedModule], None],
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Run the merge of every LoRA module without writing, and show each to a function."""
+    # What is measured of a module takes about as much memory again as merging it.
+    tasks = [
+        replace(task, peak_bytes=min(2 * task.peak_bytes, plan.budget_bytes))
+        for task in plan.tasks
+        if task.kind == "factors"
+    ]
+    context = Context(plan, MemoryWriter({}), advance or (lambda _: None))
+    try:
+        with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+            context.survey = model_survey(context)
+            if plan.request.norm_matched is not None:
+                context.factor = _matched_factor(plan, context)
+            context.observe = observe
+            _run_all(tasks, context)
+    except KeyboardInterrupt as interrupt:
+        raise Interrupted from interrupt
 
 
 def _run_all(tasks: Sequence[Task], context: Context) -> dict[str, Any]:

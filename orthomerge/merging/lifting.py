@@ -6,8 +6,8 @@ The frames span every model's change, so nothing is lost, and no dense matrix is
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +15,24 @@ from torch import Tensor
 from orthomerge.errors import RecipeError
 from orthomerge.linalg.factors import Factors, balanced
 from orthomerge.linalg.precision import full_precision
-from orthomerge.merging.nesting import run_nested
+from orthomerge.merging.frames import Lift
+from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged, MergeMethod, get_method
+from orthomerge.merging.spaces import Space
 
-__all__ = ["Coordinates", "Lift", "coordinates", "lifted", "merge_factors", "run_nested_factors"]
-
-Lift = Literal["knots", "core"]
+__all__ = [
+    "Coordinates",
+    "coordinates",
+    "lifted",
+    "lifted_coordinates",
+    "merge_factors",
+    "merge_vectors",
+    "run_nested_factors",
+]
 
 _NEGLIGIBLE = 1e-6  # relative to the largest singular value: directions nobody uses
+# Of a coordinate, relative to a model's largest: well below what the factors' own rounding does.
+_NOISE = {torch.float32: 2e-9, torch.float64: 1e-14}
 
 
 @dataclass(frozen=True)
@@ -33,16 +43,20 @@ class Coordinates:
         left: Orthonormal columns [o, q].
         items: Z_i, one per model: [q, n] (KnOTS) or [q, p] (core).
         right: Orthonormal rows [p, n]; None for the identity.
+        turned: Whether all this is of the transposed changes.
     """
 
     left: Tensor
     items: list[Tensor]
     right: Tensor | None
+    turned: bool = False
 
     def back(self, Z: Tensor) -> Factors:
         """Return the change that has coordinates Z, of rank q or less."""
-        left, Z = self.left.to(Z), Z
-        return Factors(left, Z) if self.right is None else Factors(left @ Z, self.right.to(Z))
+        left = self.left.to(Z)
+        right = None if self.right is None else self.right.to(Z)
+        product = Factors(left, Z) if right is None else Factors(left @ Z, right)
+        return product.turned() if self.turned else product
 
 
 @full_precision()
@@ -50,8 +64,9 @@ def coordinates(factors: Sequence[Factors], space: Lift) -> Coordinates:
     """Return the models' changes in a frame that spans all of them.
 
     ``knots``: with ``[D_1 | … | D_N] = U S [V_1 | … | V_N]^T``, the left frame is U and
-    ``Z_i = U^T D_i = S V_i^T`` [q, n]. ``core``: U from ``[B_1 | … | B_N]``, V from the stacked
-    ``A_i``, both of the balanced factors, and ``Z_i = U^T D_i V`` [q, p].
+    ``Z_i = U^T D_i = S V_i^T`` [q, n]. ``knots-rows``: that of the ``D_i^T``. ``core``: U from
+    ``[B_1 | … | B_N]``, V from the stacked ``A_i``, both of the balanced factors, and
+    ``Z_i = U^T D_i V`` [q, p].
 
     Args:
         factors: B_i [o, r_i], A_i [r_i, n] of one module.
@@ -63,6 +78,9 @@ def coordinates(factors: Sequence[Factors], space: Lift) -> Coordinates:
     References:
         KnOTS, arXiv:2410.19735; core space, arXiv:2509.17786.
     """
+    if space == "knots-rows":
+        across = coordinates([factor.turned() for factor in factors], "knots")
+        return replace(across, turned=True)
     lifted = [factor.to(torch.float64) for factor in factors]
     if space == "core":
         even = [balanced(factor) for factor in lifted]
@@ -79,6 +97,20 @@ def coordinates(factors: Sequence[Factors], space: Lift) -> Coordinates:
     E = _directions(gram)
     items = [(E.mT @ K) @ factor.A for K, factor in zip(inner, lifted, strict=True)]
     return Coordinates(Q @ E, items, None)
+
+
+def lifted_coordinates(
+    factors: Sequence[Factors], weights: Sequence[float], space: Lift
+) -> Coordinates:
+    """Return what a method of task vectors sees of one module, in the factors' dtype.
+
+    A model of weight 0 takes no part in the frame: it is a change of rank 0. What rounding leaves
+    of a coordinate that is zero is set to zero, else methods that count what is not zero count it.
+    """
+    pairs = zip(factors, weights, strict=True)
+    common = coordinates([f if w else Factors(f.B[:, :0], f.A[:0]) for f, w in pairs], space)
+    dtype = factors[0].B.dtype
+    return replace(common, items=[_without_noise(Z, dtype).to(dtype) for Z in common.items])
 
 
 def lifted(
@@ -101,13 +133,14 @@ def lifted(
             f"{method.name} needs the base's weights, so it cannot merge low-rank factors alone",
             remedy="Pass --base (in a recipe: base), to get a full checkpoint.",
         )
-    common = coordinates(factors, space)
-    dtype = factors[0].B.dtype
-    items = [item.to(dtype) for item in common.items]
+    common = lifted_coordinates(factors, weights, space)
+    zero = torch.zeros_like(common.items[0])
+    if not zero.numel():  # no model changes this module
+        return Merged(common.back(zero))
     merged = run_nested(
         {"method": method.name, **parameters},
-        torch.zeros_like(items[0]),
-        items,
+        zero,
+        common.items,
         weights=weights,
         role="linear",
         survey=survey,
@@ -123,17 +156,57 @@ def merge_factors(
     weights: Sequence[float],
     survey: Any = None,
     draws: Any = None,
+    folded: Sequence[float] | None = None,
     **parameters: Any,
 ) -> Merged:
-    """Merge one module's factors by a method's own face for them, else in KnOTS coordinates."""
+    """Merge one module's factors by a method's own face for them, else in KnOTS coordinates.
+
+    Args:
+        method: The method.
+        factors: One per model.
+        weights: One per model.
+        survey: The method's survey of the whole model.
+        draws: Random numbers.
+        folded: What each B_i was multiplied by, for a method that asks.
+        **parameters: The method's parameters, all of them.
+    """
     given = {"weights": weights, "survey": survey, "draws": draws, **parameters}
     if method.factors is not None:
-        return method.call_on_factors(factors, **given)
+        return method.call_on_factors(factors, folded=folded, **given)
     return lifted(method, factors, **given)
 
 
+def merge_vectors(
+    method: MergeMethod,
+    vectors: Sequence[Tensor],
+    *,
+    weights: Sequence[float],
+    draws: Any = None,
+    **parameters: Any,
+) -> Tensor:
+    """Merge vectors that go along with factors, biases, as the method merges a full model's.
+
+    Methods of low-rank factors know no vectors: theirs are ``Σ w_i v_i``.
+
+    Args:
+        method: The method that merged the factors.
+        vectors: v_i, one per model.
+        weights: One per model.
+        draws: Random numbers.
+        **parameters: The method's.
+    """
+    zero = torch.zeros_like(vectors[0])
+    if method.space is Space.FACTORS:
+        return sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
+    if method.space is Space.WEIGHT:
+        merged: Tensor = method.call(vectors, weights=weights, **parameters).tensor
+        return merged
+    choice = {"method": method.name, **parameters}
+    return run_nested(choice, zero, vectors, weights=weights, role="other", draws=draws)
+
+
 def run_nested_factors(
-    choice: Mapping[str, Any],
+    choice: Mapping[str, Any] | str,
     factors: Sequence[Factors],
     *,
     weights: Sequence[float],
@@ -143,12 +216,13 @@ def run_nested_factors(
     """Merge factors with the method a nested parameter names; a batch is taken item by item.
 
     Args:
-        choice: From ``nested_method``.
+        choice: The nested parameter's value; what it leaves open has its default.
         factors: One per model, of one module or with one leading axis of modules.
         weights: One per model.
         survey: The method's survey of the whole model; None to look at these factors alone.
         draws: Random numbers.
     """
+    choice = nested_method("op", choice, Space.FACTORS)
     method = get_method(choice["method"])
     given = {key: item for key, item in choice.items() if key != "method"}
     arguments = {"weights": weights, "survey": survey, "draws": draws, **given}
@@ -161,6 +235,13 @@ def run_nested_factors(
     rank = max(part.rank for part in parts)
     padded = [part.padded(rank) for part in parts]
     return Factors(torch.stack([p.B for p in padded]), torch.stack([p.A for p in padded]))
+
+
+def _without_noise(Z: Tensor, dtype: torch.dtype) -> Tensor:
+    if not Z.numel():
+        return Z
+    magnitudes = Z.abs()
+    return Z.masked_fill(magnitudes <= _NOISE[dtype] * magnitudes.amax(), 0.0)
 
 
 def _product(merged: Merged) -> Factors:

@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from orthomerge.adapters.lora_export import lora_config, lora_key
+from orthomerge.adapters.config import CONFIG_NAME
+from orthomerge.adapters.lora_export import diffusers_metadata, lora_config
+from orthomerge.adapters.lora_keys import lora_key
+from orthomerge.adapters.lora_styles import LoraPart, LoraStyle
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.merging.lora_modules import JoinedLora
 from orthomerge.merging.ranks import RankRule
@@ -28,6 +32,8 @@ class LoraOutput:
         rule: How ranks are chosen; None for lossless.
         settings: What the config says beside the ranks, see ``lora_config``.
         dora: Whether it gets DoRA's magnitudes.
+        style: The format it is written in.
+        names: What the format calls each module, by module path.
     """
 
     modules: Mapping[str, JoinedLora]
@@ -36,36 +42,56 @@ class LoraOutput:
     rule: RankRule | None = None
     settings: Mapping[str, str | bool | Collection[str] | None] = field(default_factory=dict)
     dora: bool = False
+    style: LoraStyle = "peft"
+    names: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def biased(self) -> bool:
         """Whether every module gets a bias of B, because some module of some adapter has one."""
         return any(module.biased for module in self.modules.values())
 
     def infos(self, name: str, rank: int) -> tuple[TensorInfo, ...]:
-        """Return the stored tensors of one module: A, B and, if wanted, magnitudes or a bias."""
+        """Return the stored tensors of one module, A first: as many as the format has."""
         module, dtype = self.modules[name], self.dtypes[name]
         A = (rank, *module.first.shape) if module.kind == "conv" else (rank, module.columns)
         B = (module.rows, rank, *[1] * len(module.kernel))
-        infos = [
-            TensorInfo(lora_key(name, "A", module.kind), dtype, A),
-            TensorInfo(lora_key(name, "B", module.kind), dtype, B),
-        ]
+        shapes: dict[LoraPart, tuple[int, ...]] = {"A": A, "B": B}
         if self.dora:
             m = (1, module.rows, *B[2:]) if module.kind == "conv" else (module.rows,)
-            infos.append(TensorInfo(lora_key(name, "magnitude", module.kind), dtype, m))
+            shapes["magnitude"] = m
         if self.biased and module.kind != "embedding":
-            infos.append(TensorInfo(lora_key(name, "bias", module.kind), dtype, B[:1]))
-        return tuple(infos)
+            shapes["bias"] = (module.rows,)
+        if self.style == "kohya":
+            shapes["alpha"] = ()
+        written = self.names[name]
+        return tuple(
+            TensorInfo(
+                lora_key(written, part, module.kind, style=self.style),
+                "F32" if part == "alpha" else dtype,
+                shape,
+            )
+            for part, shape in shapes.items()
+        )
 
     def cost(self, name: str) -> int:
         """Return how many parameters one more rank of a module costs."""
         return self.modules[name].rows + self.modules[name].columns
 
-    def config_text(self, ranks: Mapping[str, int]) -> str:
-        """Return the text of ``adapter_config.json``."""
+    def files(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """Return the small files beside the tensors: PEFT's config, nothing in other formats."""
+        if self.style != "peft":
+            return {}
+        return {CONFIG_NAME: self._config_text(ranks)}
+
+    def metadata(self, ranks: Mapping[str, int]) -> dict[str, str]:
+        """Return what the format keeps in the header of the file."""
+        if self.style != "diffusers":
+            return {}
+        return diffusers_metadata({self.names[name]: rank for name, rank in ranks.items()})
+
+    def _config_text(self, ranks: Mapping[str, int]) -> str:
         config = lora_config(
-            ranks,
+            {self.names[name]: rank for name, rank in ranks.items()},
             dora=self.dora,
             lora_bias=self.biased,
             **self.settings,  # type: ignore[arg-type]

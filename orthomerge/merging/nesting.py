@@ -21,22 +21,24 @@ __all__ = ["nested_method", "run_nested", "unfit_nested"]
 
 
 def nested_method(
-    parameter: str, value: Mapping[str, Any], space: Space = Space.DELTA
+    parameter: str, value: Mapping[str, Any] | str, space: Space = Space.DELTA
 ) -> dict[str, Any]:
     """Return ``{"method": name, parameter: value, ...}`` with every parameter filled in.
 
     Args:
         parameter: The outer method's parameter, for messages.
-        value: What was given for it.
+        value: What was given for it; a name alone stands for that method's defaults.
         space: What the outer method hands on: changes of weights, or low-rank factors.
 
     Raises:
         UnknownNameError: No such method, or no such parameter of it.
         RecipeError: The method does not merge task vectors, or a value is out of range.
     """
+    if isinstance(value, str):
+        value = {"method": value}
     method = get_method(value["method"])
-    legal = [name for name, known in all_methods().items() if _fits(known, space)]
-    if method.name not in legal:
+    if not _fits(method, space):
+        legal = [name for name, known in all_methods().items() if _fits(known, space)]
         what = "task vectors" if space is Space.DELTA else "low-rank factors"
         raise RecipeError(
             f"parameter '{parameter}' needs a method that merges {what}",

@@ -61,10 +61,10 @@ class _Nested:
 
 #: Another method of DELTA space, as its name or as ``{method: name, parameter: value, ...}``; None
 #: lets the outer method decide. The function gets the mapping with every parameter filled in.
-NestedMethod = Annotated[Mapping[str, Any] | None, _Nested()]
+NestedMethod = Annotated[Mapping[str, Any] | str | None, _Nested()]
 
 #: Likewise, a method that can merge low-rank factors.
-NestedLoraMethod = Annotated[Mapping[str, Any] | None, _Nested(Space.FACTORS)]
+NestedLoraMethod = Annotated[Mapping[str, Any] | str | None, _Nested(Space.FACTORS)]
 
 #: The kept fraction of a task vector's entries.
 Density = Annotated[float, Between(0, 1, open_low=True)]

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orthomerge.adapters.lora_styles import LoraStyle
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
@@ -56,7 +58,7 @@ class MergeRequest:
     """Everything a user can ask of one merge, as plain values.
 
     Args:
-        models: The models to merge: paths, hub names or state dicts.
+        models: The models to merge: paths, hub names, state dicts or adapters in memory.
         base: The model they were fine-tuned from.
         method: Method id; None lets the sources decide.
         weights: One value per model (scalar, gradient or rules); None for the default everywhere.
@@ -70,6 +72,8 @@ class MergeRequest:
         form: What is written for LoRA adapters: ``auto`` is an adapter without a base and a full
             checkpoint with one.
         rank: Rank of a merged LoRA adapter; None for lossless.
+        style: Format of a merged LoRA adapter; ``auto`` is that of the adapters.
+        component: Part of a pipeline that PEFT adapters belong to, for formats that say so.
         absent: What an adapter contributes to a module it does not change: ``zero`` counts it with
             its weight, ``skip`` leaves it out of sums and means, ``error`` refuses.
         heads: What becomes of whole tensors (trained heads) that several adapters carry:
@@ -85,7 +89,7 @@ class MergeRequest:
         recipe: The user's settings as they should appear in the provenance.
     """
 
-    models: tuple[CheckpointSource, ...]
+    models: tuple[CheckpointSource | AdapterState, ...]
     base: CheckpointSource | None = None
     method: str | None = None
     weights: tuple[Any, ...] | None = None
@@ -98,6 +102,8 @@ class MergeRequest:
     back_map: BackMap = "auto"
     form: Form = "auto"
     rank: RankRule | None = None
+    style: LoraStyle | Literal["auto"] = "auto"
+    component: str | None = None
     absent: AbsentPolicy = "zero"
     heads: str = "average"
     assume_same_base: bool = False

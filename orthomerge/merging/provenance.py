@@ -42,7 +42,9 @@ def single_file_metadata(request: MergeRequest, method: str, sources: int) -> di
 
 def final_metadata(plan: Plan, digests: Sequence[str | None]) -> dict[str, str]:
     """Return the header metadata of a single-file output with the digests."""
-    return _metadata(plan.request, plan.method.name, digests)
+    # What the layout holds beside the provenance is the format's own, e.g. diffusers' ranks.
+    planned = plan.layout.shards[0].metadata
+    return {**planned, **_metadata(plan.request, plan.method.name, digests)}
 
 
 def provenance_files(plan: Plan, digests: Sequence[str | None]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from orthomerge.merging.spaces import Space
 __all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 
 _ENTRY_POINTS = "orthomerge.merge_methods"
-_SUPPLIED = {"weights", "survey", "role", "draws"}
+_SUPPLIED = {"weights", "survey", "role", "draws", "folded"}
 _ALIASES: dict[str, str] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _REGISTRY: dict[str, MergeMethod] = {}
@@ -45,10 +45,12 @@ class Merged:
         tensor: The merged tensor; ``Factors`` in FACTORS space.
         facts: What it measured on the way, JSON-ready; kept in the journal and the report. Of a
             batch of modules each fact is a tensor with one entry per module.
+        norm: Frobenius norm of a product of factors [...] in float64, where the method knows it.
     """
 
     tensor: Any
     facts: Mapping[str, Any] = field(default_factory=dict)
+    norm: Any = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,10 @@ class MergeMethod:
             its function itself.
         batched: Whether ``factors`` also takes batches of modules of one shape.
         output_rank: Largest rank of the result, from the ranks of the factors; default: their sum.
+        unfit_ranks: ``(ranks)`` says why factors of these ranks cannot be merged, or None.
+        lift: For a method of FACTORS space that runs its nested one in coordinates: their name,
+            see ``lifting.coordinates``, from its parameters.
+        caution: What its user should know before it runs; a note of every plan.
         aliases: Other names it is known by.
     """
 
@@ -109,6 +115,9 @@ class MergeMethod:
     factors: Callable[..., Any] | None = None
     batched: bool = False
     output_rank: Callable[[Sequence[int]], int] = sum
+    unfit_ranks: Callable[[Sequence[int]], str | None] | None = None
+    lift: Callable[[Mapping[str, Any]], Any] | None = None
+    caution: str = ""
     aliases: tuple[str, ...] = ()
 
     @property
@@ -142,7 +151,7 @@ class MergeMethod:
         return _call(self.function, self._arguments, tensors, arguments)
 
     def call_on_factors(self, factors: Any, **arguments: Any) -> Merged:
-        """Call the face for low-rank factors with those of weights, survey, draws it takes."""
+        """Call the face for low-rank factors with those of the supplied arguments it takes."""
         assert self.factors is not None
         taken = frozenset(inspect.signature(self.factors).parameters)
         return _call(self.factors, taken, (factors,), arguments)
@@ -196,7 +205,8 @@ def merge_method(
     tensor is in the model. In ROTATION and FACTORS space it is called once per module, in FACTORS
     space with ``batched`` also once for several modules of one shape, with a leading axis. A method
     that asks for ``draws`` gets ``Draws``: random numbers that depend on the entry, not on the
-    piece it is in.
+    piece it is in. One of FACTORS space that asks for ``folded`` gets what each B_i was multiplied
+    by, beyond A_i, compared with the stored factors; not with ``batched``.
 
     Args:
         name: Stable kebab-case id.

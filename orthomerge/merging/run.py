@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthomerge.adapters.config import CONFIG_NAME
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.checkpoints.writer import MemoryWriter, StreamingWriter
-from orthomerge.errors import AdapterError, CheckpointError, NumericalError, OutputError
+from orthomerge.errors import (
+    AdapterError,
+    CheckpointError,
+    NumericalError,
+    OutputError,
+    VerificationError,
+)
 from orthomerge.linalg.devices import require_device
-from orthomerge.merging.engine import execute
+from orthomerge.merging.engine import execute, run_observed
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Plan
 from orthomerge.merging.planning.planner import check_output
 from orthomerge.merging.provenance import final_metadata, provenance_files, source_digests
 from orthomerge.merging.settling import settled
+from orthomerge.merging.verifying import verify_output
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["MergeResult", "run_plan"]
+__all__ = ["MergeResult", "observe_plan", "run_plan"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +54,14 @@ class MergeResult:
     seconds: float
     resumed_tensors: int = 0
     details: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def adapter(self) -> AdapterState | None:
+        """The merged PEFT adapter of a merge in memory, for ``adapters`` and PEFT itself."""
+        config = self.plan.written_files.get(CONFIG_NAME)
+        if self.tensors is None or config is None:
+            return None
+        return AdapterState(self.tensors, json.loads(config), "merged adapter")
 
     @property
     def rotations(self) -> dict[str, dict[str, float]]:
@@ -74,6 +93,7 @@ def run_plan(
         Interrupted: On Ctrl-C; the partial output stays for ``resume``.
         NumericalError: A tensor is not finite; no partial output stays.
         CheckpointError: An input is damaged; no partial output stays.
+        VerificationError: The written file does not say what was merged; nothing is published.
         BudgetError: The disk is full (the partial output stays for ``resume``), or there is no
             such device (nothing was started).
     """
@@ -97,6 +117,29 @@ def run_plan(
     return MergeResult(plan, output, None, elapsed, resumed, details)
 
 
+def observe_plan(
+    plan: Plan,
+    observe: Callable[[MergedModule], None],
+    *,
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Run the merge of every LoRA module without writing, and show each to a function.
+
+    Modules are read and merged as the merge itself would do it, under the same memory budget.
+
+    Args:
+        plan: A plan with tasks of low-rank factors.
+        observe: Called once per module, in any order and from any thread.
+        advance: Progress: called from any thread with input bytes as they are read.
+
+    Raises:
+        OrthoMergeError: As the merge itself would.
+    """
+    require_device(plan.request.device)
+    run_observed(plan, observe, advance=advance)
+    _check_inputs(plan)
+
+
 def _write(
     plan: Plan, staging: Staging, advance: Callable[[int], None] | None
 ) -> tuple[dict[str, Any], int]:
@@ -108,7 +151,7 @@ def _write(
     except OutputError:
         writer.abandon()
         raise
-    except (NumericalError, CheckpointError, AdapterError):
+    except (NumericalError, CheckpointError, AdapterError, VerificationError):
         writer.abandon(discard=True)  # the inputs have to change, so there is nothing to resume
         raise
     except BaseException:
@@ -125,7 +168,11 @@ def _publish(plan: Plan, writer: StreamingWriter, details: dict[str, Any]) -> No
     if plan.request.provenance and not single_file:
         files |= {name: t.encode() for name, t in provenance_files(plan, digests).items()}
     metadata = final_metadata(plan, digests) if single_file else None
-    writer.publish(files, single_file=single_file, metadata=metadata)
+
+    def check(path: Path) -> None:
+        verify_output(path, plan, details)
+
+    writer.publish(files, single_file=single_file, metadata=metadata, check=check)
 
 
 def _check_inputs(plan: Plan) -> None:

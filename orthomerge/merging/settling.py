@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from orthomerge.adapters.config import CONFIG_NAME
 from orthomerge.checkpoints.layout import plan_layout
 from orthomerge.merging.engine import measure_spectra
 from orthomerge.merging.plan import Plan, Task
@@ -27,13 +26,13 @@ def settled(plan: Plan) -> Plan:
     spectra = measure_spectra(plan)
     ranks = output.rule.ranks(spectra, {name: output.cost(name) for name in spectra})
     tasks = tuple(_with_rank(task, plan, ranks) for task in plan.tasks)
-    files = {**plan.written_files, CONFIG_NAME: output.config_text(ranks)}
+    files = {**plan.written_files, **output.files(ranks)}
     shard = plan.layout.shards[0]  # PEFT reads an adapter from one file
     layout = plan_layout(
         [info for task in tasks for info in task.outputs],
         max_shard_bytes=1 << 62,
         filename=shard.filename,
-        metadata=shard.metadata,
+        metadata={**shard.metadata, **output.metadata(ranks)},
     )
     return replace(plan, tasks=tasks, written_files=files, layout=layout)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from orthomerge.merging.executors.context import Context
+from orthomerge.merging.executors.coordinates import coordinate_streams
 from orthomerge.merging.executors.inputs import open_inputs
 from orthomerge.merging.executors.rotation import model_norms
 from orthomerge.merging.executors.whole import read_whole
@@ -25,7 +26,8 @@ __all__ = ["model_survey"]
 def model_survey(context: Context) -> Any:
     """Run the survey of the whole model, if a method asks for one; else return None.
 
-    It sees streams that run over all merged tensors; in rotation space, a function that measures
+    It sees streams that run over all merged tensors, of low-rank factors the models' coordinates in
+    the frames they are merged in; in rotation space, a function that measures
     each model's generator.
     """
     found = _surveying_method(context.plan)
@@ -33,6 +35,10 @@ def model_survey(context: Context) -> Any:
         return None
     survey, space, parameters = found
     tasks = context.plan.merged_tasks
+    if tasks[0].kind == "factors":
+        coordinates = coordinate_streams(tasks, context)
+        # Where no model changes anything there is nothing to look at.
+        return survey(coordinates, weights=tasks[0].weights, **parameters) if coordinates else None
     if space is Space.ROTATION:
         return survey(functools.partial(model_norms, tasks, context), **parameters)
     residuals = context.plan.method.residual is not None

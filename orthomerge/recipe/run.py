@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
 from orthomerge.merging.plan import MergeRequest, Plan
@@ -39,6 +40,8 @@ def request_from(recipe: MergeRecipe) -> MergeRequest:
         back_map=recipe.output.back_map,
         form=recipe.output.form,
         rank=parse_rank(recipe.output.rank),
+        style=recipe.output.style,
+        component=recipe.output.component,
         absent=recipe.adapters.absent,
         heads=recipe.adapters.heads,
         assume_same_base=recipe.adapters.assume_same_base,
@@ -58,7 +61,7 @@ def plan_recipe(recipe: MergeRecipe) -> Plan:
 
 
 def plan(
-    models: Sequence[CheckpointSource],
+    models: Sequence[CheckpointSource | AdapterState],
     *,
     base: CheckpointSource | None = None,
     method: str | None = None,
@@ -75,7 +78,7 @@ def plan(
     """Check a merge and say what it would do, without reading a tensor.
 
     Args:
-        models: Paths, hub names (``hf:org/name``) or state dicts.
+        models: Paths, hub names (``hf:org/name``), state dicts, or adapters in memory.
         base: The model they were fine-tuned from, for methods that need it.
         method: Method id; None lets the sources decide.
         weights: One value per model: a number, a gradient, or rules.
@@ -84,8 +87,8 @@ def plan(
         norm_matched: Size of the whole update, as a multiple of the size of the sum of all models'
             changes; None leaves it as the method makes it.
         seed: Seed of methods that draw random numbers.
-        output_settings: Keys of a recipe's ``output``: dtype, form, rank, max_shard_size, back_map,
-            provenance.
+        output_settings: Keys of a recipe's ``output``: dtype, form, rank, style, component,
+            max_shard_size, back_map, provenance.
         adapter_settings: Keys of a recipe's ``adapters``: absent, heads, assume_same_base.
         run_settings: Keys of a recipe's ``run``: device, compute_dtype, memory_budget, workers.
         **parameters: The method's parameters.
@@ -119,7 +122,7 @@ def plan(
 
 
 def merge(
-    models: Sequence[CheckpointSource],
+    models: Sequence[CheckpointSource | AdapterState],
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -129,7 +132,7 @@ def merge(
     """Merge models, in memory or into a published folder or file.
 
     Args:
-        models: Paths, hub names (``hf:org/name``) or state dicts.
+        models: Paths, hub names (``hf:org/name``), state dicts, or adapters in memory.
         resume: Continue an interrupted run of the same merge.
         overwrite: Replace an existing output.
         advance: Progress: called with input bytes as they are read, from any thread.

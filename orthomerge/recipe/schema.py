@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.errors import OrthoMergeError
 from orthomerge.merging.ranks import parse_rank
@@ -45,7 +46,7 @@ def _rank(value: Any) -> Any:
     try:
         return parse_rank(value) and value
     except OrthoMergeError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"must be {error.expected}") from error
 
 
 def _heads(value: Any) -> Any:
@@ -60,10 +61,10 @@ Dtype = Annotated[str, BeforeValidator(_dtype)]
 
 
 def _source(value: Any) -> Any:
-    """Accept a path, a hub name or (from Python) a state dict."""
+    """Accept a path, a hub name or (from Python) a state dict or an adapter in memory."""
     if isinstance(value, Path):
         return str(value)
-    if (isinstance(value, str) and value) or isinstance(value, Mapping):
+    if (isinstance(value, str) and value) or isinstance(value, Mapping | AdapterState):
         return value
     raise ValueError("must be a path or hf:org/name")
 
@@ -101,6 +102,13 @@ class OutputSettings(_Strict):
         default=None,
         description="Rank of a merged LoRA adapter: a number, energy:0.99, parameters:1000000; "
         "default: lossless.",
+    )
+    style: Literal["auto", "peft", "kohya", "diffusers"] = Field(
+        default="auto", description="Format of a merged LoRA adapter; default: the adapters' own."
+    )
+    component: str | None = Field(
+        default=None,
+        description="Part of a pipeline a PEFT adapter belongs to (unet), for kohya and diffusers.",
     )
     provenance: bool = Field(default=True, description="Record how the output was made.")
 
@@ -179,4 +187,6 @@ class MergeRecipe(_Strict):
 
 
 def _spelled(source: Any) -> str:
+    if isinstance(source, AdapterState):
+        return f"adapter '{source.name}' in memory"
     return source if isinstance(source, str) else "state dict"

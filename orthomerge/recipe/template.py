@@ -17,6 +17,7 @@ _FOLDERS = {
     Space.WEIGHT: ("models/first", "models/second"),
     Space.DELTA: ("models/first", "models/second"),
     Space.ROTATION: ("adapters/first", "adapters/second"),
+    Space.FACTORS: ("loras/first", "loras/second"),
 }
 
 
@@ -58,7 +59,13 @@ def _models(method: MergeMethod) -> list[str]:
         entries.append(f"  - path: {folder}")
         if method.uses_weights:
             entries.append("    weight: 1.0")
-    head = base if method.needs_base else optional if method.space is Space.ROTATION else []
+    head = (
+        base
+        if method.needs_base
+        else optional
+        if method.space in (Space.ROTATION, Space.FACTORS)
+        else []
+    )
     return [*head, "models:", *entries]
 
 

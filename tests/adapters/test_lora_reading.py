@@ -99,14 +99,53 @@ def test_each_fault_gives_one_clear_error(
 
 
 def test_other_kinds_are_named(tmp_path: Path) -> None:
-    ada = {**PLAIN, "q.lora_E": torch.ones(2, 1)}
-    for kind, tensors in (("ADALORA", ada), ("VERA", {"q.vera_lambda_b": torch.ones(3)})):
+    for kind, tensors in (("XLORA", PLAIN), ("VERA", {"q.vera_lambda_b": torch.ones(3)})):
         source = write(tmp_path / kind, tensors, kind)
         assert source.description == f"{kind} adapter"
         with pytest.raises(AdapterError, match=f"{kind} adapters are not supported"):
             updates(source, {"q.weight": torch.ones(3, 4)})
     with pytest.raises(AdapterError, match="the config says OFT, the tensors are those of LORA"):
         write(tmp_path / "wrong", PLAIN, "OFT")
+
+
+ADA = {"q.lora_A": A, "q.lora_B": B, "q.lora_E": torch.tensor([[1.0], [3.0]])}
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(5, 5 / 4.00001), (0, 2 / 4.00001)])
+def test_adalora_has_its_values_between_the_factors(
+    tmp_path: Path, alpha: int, scale: float
+) -> None:
+    """alpha over the rank it began with, which PEFT adds 1e-5 to; pruned modules are gone."""
+    pruned = {"k.lora_A": A[:0], "k.lora_B": B[:, :0], "k.lora_E": torch.ones(0, 1)}
+    source = write(tmp_path, {**ADA, **pruned}, "ADALORA", lora_alpha=alpha, init_r=4)
+    assert (source.kind, source.description) == ("ADALORA", "AdaLoRA adapter (rank 2)")
+    (update,) = updates(source, {"q.weight": torch.ones(3, 4)}).updates.values()
+    assert len(update.keys) == 3
+    delta = update.delta(None, (3, 4), torch.float64)
+    torch.testing.assert_close(delta, torch.full((3, 4), 4 * scale).double(), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "problem"),
+    [
+        ({"q.lora_E": None}, {}, "a part of an AdaLoRA module is missing"),
+        ({"q.lora_B": None}, {}, "a part of an AdaLoRA module is missing"),
+        ({"q.lora_E": torch.ones(3, 1)}, {}, "not one singular value per rank"),
+        ({"q.lora_A": torch.ones(3, 4)}, {}, "ranks differ"),
+        ({"q.lora_A": torch.ones(2, 4, 1, 1)}, {}, "not the two factors"),
+        ({"q.lora_A.weight": A}, {}, "no parameter of a known AdaLoRA layout"),
+        (dict.fromkeys(ADA) | {"x.weight": A}, {}, "holds no AdaLoRA tensors"),
+        ({}, {"init_r": 0}, "init_r must be 1 or more"),
+        ({}, {"init_r": "4"}, "init_r has the wrong type"),
+    ],
+)
+def test_malformed_adalora(
+    tmp_path: Path, changes: dict[str, Any], config: dict[str, Any], problem: str
+) -> None:
+    tensors = {name: value for name, value in {**ADA, **changes}.items() if value is not None}
+    with pytest.raises(AdapterError, match=problem) as caught:
+        write(tmp_path, tensors, "ADALORA", **config)
+    assert caught.value.file
 
 
 @pytest.mark.parametrize(

@@ -208,3 +208,14 @@ def test_geometry_writes_every_field(tmp_path: Path) -> None:
         for method in ("svd", "eigh", "newton", "qdwh", "quintic"):
             assert row["methods"][method]["error"] < (0.01 if row["dtype"] == "float32" else 1e-7)
     assert len(result["targets"]) == 8
+
+
+@pytest.mark.slow
+def test_peft_defects_writes_every_field(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    result = run_script("peft_defects.py", tmp_path)
+    assert {"command", "machine", "versions", "rounds", "notes"} <= set(result)
+    assert [row["name"] for row in result["cases"]] == list(result["ours"])
+    (facts,) = result["peft"].values()
+    assert set(facts) == {"transformers", "torch", "answers"}
+    assert set(facts["answers"]) == set(result["ours"])

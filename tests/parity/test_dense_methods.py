@@ -51,13 +51,17 @@ def assert_rounded_once(found: torch.Tensor, exact: np.ndarray) -> None:
     assert (np.abs(exact - middle) <= slack)[differs.numpy()].all()
 
 
-def ties_oracle(base, tuned, weights, density, scale):
-    deltas = [(fp64(t) - fp64(base)).astype(np.float32) for t in tuned]
+def trimmed_deltas(base, tuned, density):
     trimmed = []
-    for delta in deltas:
+    for delta in [(fp64(t) - fp64(base)).astype(np.float32) for t in tuned]:
         keep = max(1, math.floor(density * delta.size + 1e-9))
         threshold = np.sort(np.abs(delta).ravel())[-keep]
         trimmed.append(np.where(np.abs(delta) >= threshold, delta, 0).astype(np.float64))
+    return trimmed
+
+
+def ties_oracle(base, tuned, weights, density, scale):
+    trimmed = trimmed_deltas(base, tuned, density)
     weighted = [w * t for w, t in zip(weights, trimmed, strict=True)]
     sign = np.where(sum(weighted) >= 0, 1.0, -1.0)
     agree = [(u * sign > 0) for u in weighted]
@@ -111,6 +115,37 @@ def test_ties_over_the_model_equals_ties_on_the_concatenation() -> None:
     )
     exact = ties_oracle(joined(split(base)), [joined(split(t)) for t in tuned], [1, 1], 0.3, 1.0)
     assert_rounded_once(joined(result.tensors), exact)
+
+
+@pytest.mark.parametrize("density", [1e-5, 0.05, 0.2, 1.0])
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, -0.5, 1.0]])
+def test_magnitude_prune_equals_base_plus_trimmed_sum(density, weights) -> None:
+    """At 1e-5 not one entry of the 3072 would be kept; one is."""
+    base, tuned = models(3)
+    found = merged(base, tuned, "magnitude-prune", weights, density=density, scale=0.8)
+    trimmed = trimmed_deltas(base, tuned, density)
+    assert all(delta.any() for delta in trimmed)
+    update = sum(w * t for w, t in zip(weights, trimmed, strict=True))
+    assert_rounded_once(found, fp64(base) + 0.8 * update)
+
+
+def test_magnitude_prune_over_the_model_counts_over_the_model() -> None:
+    base, tuned = models(2)
+    parts = {"a": slice(0, 40), "b": slice(40, 64)}
+
+    def split(tensor):
+        return {name: tensor[rows] for name, rows in parts.items()}
+
+    found = merge(
+        [split(t) for t in tuned],
+        base=split(base),
+        method="magnitude-prune",
+        density=0.3,
+        scope="model",
+    )
+    update = sum(trimmed_deltas(base, tuned, 0.3))
+    joined = torch.cat([found.tensors[name] for name in parts])
+    assert_rounded_once(joined, fp64(base) + update)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.5, 1.0])

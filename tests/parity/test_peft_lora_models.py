@@ -17,6 +17,7 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 import peft
+from small_models import bert, llama, logits
 
 from orthomerge.adapters import (
     dora_left_factor,
@@ -36,24 +37,6 @@ TARGETS = {
 }
 
 
-def llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
-    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
-    return LlamaForCausalLM(config).double().eval()
-
-
-def bert() -> nn.Module:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 40}
-    config = BertConfig(**sizes, num_attention_heads=4, num_labels=3)
-    return BertForSequenceClassification(config).double().eval()
-
-
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "bert": bert}
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS"}
 
@@ -64,12 +47,6 @@ def targets(name: str, model: nn.Module) -> list[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear) and path.endswith(TARGETS[name])
     ]
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    ids = torch.arange(12).reshape(2, 6)
-    with torch.no_grad():
-        return model(input_ids=ids).logits
 
 
 def loaded(folder: Path, model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
 
 
 def write_source(folder: Path, seed: int) -> None:
-    """Write what the path's name says: a model or an OFT adapter."""
+    """Write what the path's name says: a model, an OFT adapter or a LoRA adapter."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     if "adapter" in folder.as_posix():
@@ -33,6 +33,17 @@ def write_source(folder: Path, seed: int) -> None:
         save_file(packed, folder / "adapter_model.safetensors")
         config = '{"peft_type": "OFT", "oft_block_size": 4, "r": 0, "peft_version": "0.19.0"}'
         (folder / "adapter_config.json").write_text(config)
+    elif "lora" in folder.as_posix():
+        factors = {
+            f"base_model.model.{module}.lora_{side}.weight": 0.1
+            * torch.randn(shape, generator=generator)
+            for module in MODULES
+            for side, shape in (("A", (2, 8)), ("B", (8, 2)))
+        }
+        save_file(factors, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(
+            '{"peft_type": "LORA", "r": 2, "lora_alpha": 4}'
+        )
     else:
         names = [f"{module}.weight" for module in MODULES]
         names += ["model.embed_tokens.weight", "lm_head.weight"]

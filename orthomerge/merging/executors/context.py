@@ -16,6 +16,7 @@ from orthomerge.checkpoints.reader import Checkpoint
 from orthomerge.checkpoints.writer import TensorSink
 from orthomerge.merging.draws import Draws
 from orthomerge.merging.norms import UpdateNorms
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.streams import TensorReader, check_finite
@@ -39,6 +40,7 @@ class Context:
         survey: Result of the method's whole-model survey, if it has one.
         norms: Set while only the size of the updates is measured and nothing is written.
         spectra: Set while only singular values are measured: module to its values, descending.
+        observe: Set while modules are only shown to a function: see ``observing``.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
 
@@ -49,12 +51,13 @@ class Context:
     survey: Any = None
     norms: UpdateNorms | None = None
     spectra: dict[str, list[float]] | None = None
+    observe: Callable[[MergedModule], None] | None = None
     factor: float = 1.0
 
     @property
     def measuring(self) -> bool:
         """Whether nothing is written in this pass."""
-        return self.norms is not None or self.spectra is not None
+        return any(what is not None for what in (self.norms, self.spectra, self.observe))
 
     @property
     def device(self) -> torch.device:

@@ -5,8 +5,9 @@ Modules of equal shape may come as one batch; nothing here forms a dense change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,16 @@ from torch import Tensor
 from orthomerge.adapters.dora import dora_left_factor, dora_magnitudes
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.lora_export import lora_tensors
-from orthomerge.checkpoints.digest import hash_tensor
+from orthomerge.checkpoints.digest import HashingSource
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.errors import OrthoMergeError
-from orthomerge.linalg.factors import Factors, concatenated, singular_values, truncated
+from orthomerge.linalg.factors import (
+    Factors,
+    concatenated,
+    singular_values,
+    truncated_with_values,
+)
+from orthomerge.linalg.sketching import sketch
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.onto_base import (
     BaseWeight,
@@ -27,15 +34,16 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lifting import merge_factors, merge_vectors
 from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 
-__all__ = ["run"]
+__all__ = ["FactorInputs", "joined_module", "read_factors", "run"]
 
 
 @dataclass
-class _Inputs:
+class FactorInputs:
     """The factors of one or several modules of equal shape.
 
     Attributes:
@@ -45,6 +53,7 @@ class _Inputs:
         positions: Which models those are.
         scales: Per model, the diagonal by which a DoRA module scales its output features.
         base: The base's weight, where it is needed.
+        sources: Per model, what its tensors were read through; empty if nothing is hashed.
     """
 
     modules: list[JoinedLora]
@@ -53,11 +62,21 @@ class _Inputs:
     positions: list[int]
     scales: list[Tensor | None] = field(default_factory=list)
     base: BaseWeight | None = None
+    sources: list[HashingSource] = field(default_factory=list)
+
+    @property
+    def folded(self) -> list[float]:
+        """By what each model's B is multiplied, compared with A; of the first module."""
+        module = self.modules[0]
+        found = [1.0 if part is None else part.scale for part in module.parts]
+        if module.kind == "embedding":  # which is turned: the scale is in its A
+            found = [1 / scale if scale else 0.0 for scale in found]
+        return [found[at] for at in self.positions]
 
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
-    inputs = _read(tasks, context)
+    inputs = read_factors(tasks, context, hashing=not context.measuring)
     try:
         merged = merge_factors(
             context.plan.method,
@@ -65,6 +84,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
             weights=inputs.weights,
             survey=context.survey,
             draws=context.draws(tasks[0], inputs.positions),
+            folded=inputs.folded,
             **tasks[0].parameters,
         )
     except OrthoMergeError as error:
@@ -75,24 +95,30 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     for at, (task, module) in enumerate(zip(tasks, inputs.modules, strict=True)):
         result = _item(merged.tensor, at, batched=batched)
         facts = _facts(merged.facts, at, batched=batched)
+        norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
-            _measure(module, result, own, context)
+            _measure(task, result, own, context)
+            if context.observe is not None:
+                context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
-            details.append(_write(task, module, inputs, result, facts, context))
+            details.append(_write(task, module, inputs, result, norm, facts, context))
         context.advance(task.read_bytes)
     return details
 
 
-def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
+def read_factors(tasks: Sequence[Task], context: Context, *, hashing: bool = False) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
-    adapters = _adapters(context)
-    modules = [_module(task, context) for task in tasks]
+    adapters, sources = _adapters(context), []
+    if hashing and context.plan.request.provenance:
+        sources = [HashingSource(model.checkpoint) for model in context.plan.models]
+        adapters = [replace(a, source=s) for a, s in zip(adapters, sources, strict=True)]
+    modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     weights = [tasks[0].weights[at] for at in here]
-    inputs = _Inputs(modules, [], weights, here)
+    inputs = FactorInputs(modules, [], weights, here, sources=sources)
     if tasks[0].base is not None:
         inputs.base = BaseWeight(tasks[0], context)
         updates = module_updates(tasks[0], context)
@@ -109,7 +135,8 @@ def _read(tasks: Sequence[Task], context: Context) -> _Inputs:
     return inputs
 
 
-def _module(task: Task, context: Context) -> JoinedLora:
+def joined_module(task: Task, context: Context) -> JoinedLora:
+    """Return the module that a task merges, over all adapters."""
     if task.base is None:
         return join_lora(next(name for name in task.models if name), _adapters(context))
     updates = module_updates(task, context)
@@ -131,71 +158,104 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
 
 
 def _measure(
-    module: JoinedLora, merged: Factors, sources: Sequence[Factors], context: Context
+    task: Task, merged: Factors, sources: Sequence[Factors], context: Context
 ) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
         total = concatenated(sources).norm().item()
         context.norms.add_squares(merged.norm().item() ** 2, total**2)
     if context.spectra is not None:
-        context.spectra[module.name] = singular_values(merged).tolist()
+        module = next(name for name in task.models if name)  # with a base, not the task's name
+        context.spectra[module] = singular_values(merged).tolist()
+
+
+def _observed(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    own: Sequence[Factors],
+    merged: Factors,
+    facts: dict[str, Any],
+    context: Context,
+) -> MergedModule:
+    """Return what an observer sees of one module: one entry per model, whether it takes part."""
+    found = dict(zip(inputs.positions, own, strict=True))
+    factors = tuple(
+        found.get(at) if part is not None else None for at, part in enumerate(module.parts)
+    )
+    return MergedModule(task, factors, merged, facts, context.factor)
 
 
 def _write(
     task: Task,
     module: JoinedLora,
-    inputs: _Inputs,
+    inputs: FactorInputs,
     merged: Factors,
+    norm: Tensor | None,
     facts: dict[str, Any],
     context: Context,
 ) -> dict[str, Any]:
     """Write what the plan makes of one merged module; return digests and facts."""
     scales = merged_scales(inputs.scales, inputs.weights, task.parameters, facts, context.factor)
     merged = merged.scaled(context.factor)
+    size = None if norm is None else norm.item() * abs(context.factor)
+    details: dict[str, Any] = {"digests": _digests(module, inputs, context)}
     if context.plan.lora is None:
         assert inputs.base is not None
-        write_weight(task, context, inputs.base, merged, scales)
-        facts["norm"] = merged.norm().item()
+        details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
+        facts["norm"] = merged.norm().item() if size is None else size
     else:
-        facts |= _write_adapter(task, module, inputs.base, merged, scales, context)
-    digests = _digests(module, inputs.base, context)
-    return {"digests": digests, "facts": facts}
+        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, context)
+        details["written_sketch"] = sketch(stored).tolist()
+        facts = {**facts, **kept}
+    return {**details, "facts": facts}
 
 
 def _write_adapter(
     task: Task,
     module: JoinedLora,
-    base: BaseWeight | None,
+    inputs: FactorInputs,
     merged: Factors,
+    size: float | None,
     scales: Tensor | None,
     context: Context,
-) -> dict[str, Any]:
-    """Bring the product to its rank and write its tensors; return what was kept and lost."""
+) -> tuple[Factors, dict[str, Any]]:
+    """Bring the product to its rank and write it; return what was written, kept and lost."""
     assert context.plan.lora is not None
-    rank, whole = task.info.shape[0], merged.norm().item()
-    kept = (truncated(merged, rank) if merged.rank > rank else merged).padded(rank)
-    norm = kept.norm().item()
+    kept, facts = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
     if context.plan.lora.dora:
-        assert base is not None
-        kept, magnitude = _with_magnitudes(kept, scales, base, task)
+        assert inputs.base is not None
+        kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, context)
+        bias = _bias(task, module, inputs, context)
     stored = kept.turned() if module.kind == "embedding" else kept
-    name = next(name for name in task.models if name)
+    output = context.plan.lora
     tensors = lora_tensors(
-        name,
+        output.names[next(name for name in task.models if name)],
         stored.B,
         stored.A,
         kind=module.kind,
         kernel=module.kernel,
         magnitude=magnitude,
         bias=bias,
+        style=output.style,
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
-    energy = min(1.0, (norm / whole) ** 2) if whole else 1.0
-    return {"rank": rank, "energy": energy, "norm": norm}
+    return stored, facts
+
+
+def _reduced(merged: Factors, rank: int, size: float | None) -> tuple[Factors, dict[str, Any]]:
+    """Return the product at its rank: the norm, and the share of its square that is kept."""
+    if merged.rank <= rank:
+        norm = merged.norm().item() if size is None else size
+        return merged.padded(rank), {"rank": rank, "energy": 1.0, "norm": norm}
+    kept, values = truncated_with_values(merged, rank)
+    squares = values.square()
+    whole, part = squares.sum().item(), squares[:rank].sum().item()
+    energy = part / whole if whole else 1.0
+    return kept.padded(rank), {"rank": rank, "energy": energy, "norm": math.sqrt(part)}
 
 
 def _with_magnitudes(
@@ -212,27 +272,31 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, context: Context) -> Tensor:
-    """Return the sum of the models' changes of the bias, weighted as the weights' are."""
-    total = torch.zeros(module.rows, dtype=context.compute)
-    for adapter, part, weight in zip(_adapters(context), module.parts, task.weights, strict=True):
-        own = adapter.bias(part.name, context.compute) if part else None
-        total = total if own is None else total + weight * own
-    return total * context.factor
+def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
+    """Return the change of the bias, merged as the method merges a full model's biases."""
+    adapters, vectors = _adapters(context), []
+    for at in inputs.positions:
+        part = module.parts[at]
+        own = adapters[at].bias(part.name, context.compute) if part else None
+        vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
+    draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
+    merged = merge_vectors(
+        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+    )
+    return merged * context.factor
 
 
-def _digests(
-    module: JoinedLora, base: BaseWeight | None, context: Context
-) -> list[list[list[str]]]:
+def _digests(module: JoinedLora, inputs: FactorInputs, context: Context) -> list[list[list[str]]]:
     """Return the [tensor name, digest] pairs of each source, in the order base, models."""
-    if not context.plan.request.provenance:
+    if not inputs.sources:
         return []
     found = [
-        [[key, hash_tensor(model.checkpoint, key)] for key in (part.keys if part else ())]
-        for model, part in zip(context.plan.models, module.parts, strict=True)
+        [[key, source.digest(key)] for key in (part.keys if part else ())]
+        for source, part in zip(inputs.sources, module.parts, strict=True)
     ]
     if context.plan.base is None:
         return found
+    base = inputs.base
     return [[[base.name, base.digest()]] if base else [], *found]
 
 

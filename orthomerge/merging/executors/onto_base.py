@@ -17,12 +17,19 @@ from orthomerge.adapters.dora import dora_scales
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.checkpoints.digest import hash_tensor
+from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.plan import Task
 from orthomerge.merging.streams import TensorReader
 
-__all__ = ["BaseWeight", "merged_scales", "module_updates", "own_scales", "write_weight"]
+__all__ = [
+    "BaseWeight",
+    "merged_scales",
+    "module_updates",
+    "own_scales",
+    "write_weight",
+]
 
 
 def module_updates(task: Task, context: Context) -> list[LoraUpdate | None]:
@@ -119,8 +126,8 @@ def merged_scales(
 
 def write_weight(
     task: Task, context: Context, base: BaseWeight, change: Factors, scales: Tensor | None
-) -> None:
-    """Write ``D W_0 + B A``, rounded once.
+) -> float:
+    """Write ``D W_0 + B A``, rounded once; return the norm of what was written.
 
     Args:
         task: The module's task.
@@ -130,10 +137,18 @@ def write_weight(
         scales: The diagonal of D [o]; None for the identity.
     """
     stored = change.turned() if base.turned else change
-    columns = stored.A.shape[-1]
+    columns, square = stored.A.shape[-1], 0.0
     for row, block in base.blocks():
         if scales is not None:
             by = scales.to(block)
             block = block * (by[None, :] if base.turned else by[row : row + len(block), None])
         block = block + stored.B[row : row + len(block)] @ stored.A
         context.emit(task.info, row * columns, block)
+        square += _squared_norm(block.to(torch_dtype(task.info.dtype)))
+    return math.sqrt(square)
+
+
+def _squared_norm(values: Tensor) -> float:
+    """Return the sum of squares, in fp64."""
+    norm: float = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
+    return norm**2

@@ -42,9 +42,10 @@ def tsv_m(
     """Keep each task's leading singular directions, make them orthogonal, add them up.
 
     For matrices: ``D_i ≈ U_i S_i V_i^T`` with the r = max(1, ⌊min(o, n) / T⌋) largest singular
-    values; ``U = polar([U_1 … U_T])``, ``V`` likewise, and
-    ``W = W_0 + λ U blkdiag(w_i S_i) V^T``. Other tensors: ``W_0 + λ Σ w_i D_i / T``. Convolution
-    kernels are seen as [out, in · kh · kw], a stack of experts' matrices one by one.
+    values, or with all where the ranks of the D_i add up to min(o, n) or less;
+    ``U = polar([U_1 … U_T])``, ``V`` likewise, and ``W = W_0 + λ U blkdiag(w_i S_i) V^T``. Other
+    tensors: ``W_0 + λ Σ w_i D_i / T``. Convolution kernels are seen as [out, in · kh · kw], a stack
+    of experts' matrices one by one.
 
     Args:
         base: W_0.
@@ -73,15 +74,29 @@ def _update(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return ``U blkdiag(w_i S_i) V^T`` in float64; the deltas are matrices."""
     import torch
 
-    from orthomerge.linalg.lowrank import leading_directions, orthonormal_frame
+    from orthomerge.linalg.lowrank import orthonormal_frame
 
     if len(deltas) == 1:  # nothing is cut off and nothing interferes
         return weights[0] * deltas[0].double()
-    rank = max(1, min(deltas[0].shape) // len(deltas))
-    parts = [leading_directions(delta, rank) for delta in deltas]
+    parts = _directions(deltas)
     S = torch.cat([w * s for w, (_, s, _) in zip(weights, parts, strict=True)])
     if not len(S):
         return torch.zeros_like(deltas[0], dtype=torch.float64)
     U = orthonormal_frame([u for u, _, _ in parts])
     V = orthonormal_frame([v for _, _, v in parts])
     return (U * S) @ V.mT
+
+
+def _directions(deltas: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return each task's singular triples: all if there is room for all, else an equal share."""
+    from orthomerge.linalg.lowrank import leading_directions
+
+    room = min(deltas[0].shape)
+    share = max(1, room // len(deltas))
+    parts = []
+    for delta in deltas:
+        parts.append(leading_directions(delta, max(share, room + 1)))
+        room -= len(parts[-1][1])
+    if room >= 0:
+        return parts
+    return [(U[:, :share].clone(), S[:share], V[:, :share].clone()) for U, S, V in parts]

@@ -5,12 +5,11 @@ Headers only. Tied output heads are recognised here, so that they are merged onc
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from orthomerge.adapters.sources import Source
-from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.checkpoints.folder import is_tied, read_config, tied_alias
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError, RecipeError, TensorMismatchError
@@ -27,7 +26,8 @@ from orthomerge.merging.planning.draft import (
 )
 from orthomerge.merging.planning.factored import factored_task
 from orthomerge.merging.planning.files import add_model_files
-from orthomerge.merging.planning.memory import SURVEY_SHARE, peak_bytes
+from orthomerge.merging.planning.memory import peak_bytes
+from orthomerge.merging.planning.model_scope import check_model_survey
 from orthomerge.merging.planning.views import View, open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.roles import tensor_role
@@ -57,7 +57,7 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
         draft.tasks += _draft_task(request, method, name, row, views, layers, draft)
-    _check_model_survey(method, draft)
+    check_model_survey(request, draft)
     add_model_files(sources[0], draft)
     return draft
 
@@ -209,7 +209,7 @@ def _draft_task(
         read_bytes=read,
     )
     if method.space is Space.FACTORS:
-        task = factored_task(task, method, views, draft.compute_dtype)
+        task = factored_task(task, method, views, draft)
     return [task]
 
 
@@ -231,30 +231,6 @@ def _reads_base(request: MergeRequest, method: MergeMethod, views: Sequence[View
     """A method of whole weights looks at the base only where something is relative to it."""
     relative = request.norm_matched is not None or any(view.changes for view in views)
     return method.space is not Space.WEIGHT or relative
-
-
-def _check_model_survey(method: MergeMethod, draft: Draft) -> None:
-    """A survey of the whole model runs once, so its parameters cannot vary within the model."""
-    merged = [task for task in draft.tasks if task.kind in MERGED_KINDS]
-    parameters = [_surveyed(task.parameters) for task in merged]
-    if not any(p.get("scope") == "model" for p in parameters):
-        return
-    entries = sum(task.info.numel for task in merged)
-    draft.survey_bytes = int(SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
-    for key in parameters[0]:
-        if len({str(p.get(key)) for p in parameters}) > 1:
-            draft.problems.append(
-                RecipeError(
-                    f"with scope: model the parameter '{key}' must have one value for all tensors",
-                    remedy="Give it one value, or use scope: tensor.",
-                )
-            )
-
-
-def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the parameters a survey is made with: the nested method's, or all."""
-    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
-    return nested[0] if nested else parameters
 
 
 def _shape_problem(name: str, row: _Row, views: Sequence[View]) -> OrthoMergeError:

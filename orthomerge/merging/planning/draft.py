@@ -38,7 +38,10 @@ _GPU_PIECE = 1 << 24
 
 @dataclass
 class Draft:
-    """A plan in the making."""
+    """A plan in the making.
+
+    ``surveyed_entries`` says how many entries of a task a survey sees, where not its output's.
+    """
 
     tasks: list[Task] = field(default_factory=list)
     problems: list[OrthoMergeError] = field(default_factory=list)
@@ -48,6 +51,7 @@ class Draft:
     compute_dtype: str = "F32"
     piece_elements: int = _CPU_PIECE
     survey_bytes: int = 0
+    surveyed_entries: dict[str, int] = field(default_factory=dict)
     filename: str = "model.safetensors"
     convention: OftConvention | None = None
     changes: tuple[AdapterUpdates | None, ...] | None = None

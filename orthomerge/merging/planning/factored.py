@@ -11,7 +11,9 @@ from dataclasses import replace
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.merging.lora_modules import JoinedLora
 from orthomerge.merging.plan import Task
+from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.model_scope import check_factored
 from orthomerge.merging.planning.views import View
 from orthomerge.merging.registry import MergeMethod
 
@@ -20,16 +22,14 @@ __all__ = ["factored_task"]
 _SUM = "task-arithmetic"
 
 
-def factored_task(
-    task: Task, method: MergeMethod, views: Sequence[View], compute_dtype: str
-) -> Task:
+def factored_task(task: Task, method: MergeMethod, views: Sequence[View], draft: Draft) -> Task:
     """Return the task of one tensor for a method of low-rank factors.
 
     Args:
         task: The tensor's task for a method of task vectors.
         method: The method.
         views: The adapters as full models.
-        compute_dtype: Dtype of the arithmetic.
+        draft: The plan in the making; what this method cannot merge is reported there.
     """
     if task.kind != "merge" or task.base is None:
         return task
@@ -38,11 +38,12 @@ def factored_task(
     parts = tuple(update.module if isinstance(update, LoraUpdate) else None for update in updates)
     if any(parts):
         joined = JoinedLora(task.base, parts)
+        check_factored(method, task, joined, draft)
         return replace(
             task,
             kind="factors",
             models=tuple(part.name if part else None for part in parts),
-            peak_bytes=factors_bytes(joined, method, compute_dtype) + task.peak_bytes,
+            peak_bytes=factors_bytes(joined, method, draft.compute_dtype) + task.peak_bytes,
         )
     replaced = [task.base in change.replacements for change in changes]
     models = tuple(

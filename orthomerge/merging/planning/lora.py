@@ -6,12 +6,13 @@ in full weights, unless the request says otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 
-from orthomerge.adapters.config import CONFIG_NAME
 from orthomerge.adapters.lora import LoraAdapter
+from orthomerge.adapters.lora_renaming import converted_module
+from orthomerge.adapters.lora_styles import LoraStyle, component_of
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
@@ -30,11 +31,14 @@ from orthomerge.merging.planning.draft import (
     weight_sum_problem,
 )
 from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.model_scope import check_factored, check_model_survey
 from orthomerge.merging.planning.views import open_views
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
 __all__ = ["draft_tasks"]
+
+_DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"  # where diffusers looks for it in a folder
 
 
 def draft_tasks(
@@ -51,13 +55,20 @@ def draft_tasks(
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
         return draft
-    draft.lora = _output(request, method, adapters, modules)
+    try:
+        draft.lora = _output(request, method, adapters, modules, base)
+    except OrthoMergeError as error:
+        draft.problems.append(error)
+        return draft
+    if draft.lora.style == "diffusers":
+        draft.filename = _DIFFUSERS_FILE
     layers = LayerMap.of([*modules, *carried_names(adapters)])
     draft.problems += rule_problems(request, method, layers.positions)
     for module in modules.values():
         task = _factors_task(request, method, module, adapters, layers, draft)
         onto = weights[module.name] if draft.lora.dora else None
         draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
+    check_model_survey(request, draft)
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)
@@ -65,7 +76,7 @@ def draft_tasks(
         keys = tuple(adapter.base_copies.get(name) for adapter in adapters)
         info = next(a.source.tensors[k] for a, k in zip(adapters, keys, strict=True) if k)
         draft.tasks.append(copy_task(info, keys, None))
-    draft.written_files[CONFIG_NAME] = draft.lora.config_text(draft.lora.bounds)
+    draft.written_files |= draft.lora.files(draft.lora.bounds)
     return draft
 
 
@@ -99,6 +110,7 @@ def _output(
     method: MergeMethod,
     adapters: Sequence[LoraAdapter],
     modules: dict[str, JoinedLora],
+    base: Source | None,
 ) -> LoraOutput:
     bounds, rule = {}, request.rank
     for name, module in modules.items():
@@ -123,7 +135,32 @@ def _output(
             "modules_to_save": saved,
         },
         dora=request.form == "dora",
+        style=adapters[0].style if request.style == "auto" else request.style,
+        names=_written_names(request, adapters[0].style, modules, base),
     )
+
+
+def _written_names(
+    request: MergeRequest, own: LoraStyle, modules: Iterable[str], base: Source | None
+) -> dict[str, str]:
+    """Return what the format of the output calls each module."""
+    wanted = request.style
+    if wanted == "auto" or wanted == own:
+        return {name: name for name in modules}
+    tensors = base.checkpoint.tensors if base else ()
+    paths = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    encoders = {part for name in modules if (part := component_of(name) or "").startswith("text_")}
+    return {
+        name: converted_module(
+            name,
+            own,
+            wanted,
+            component=request.component,
+            encoders=len(encoders),
+            base_modules=paths,
+        )
+        for name in modules
+    }
 
 
 def _factors_task(
@@ -143,7 +180,7 @@ def _factors_task(
     # A nested method sees one module at a time, with random numbers of its own.
     alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
     shape = module.kind, module.rows, module.columns, module.ranks, info.shape, info.dtype
-    return Task(
+    task = Task(
         info=info,
         kind="factors",
         models=tuple(part.name if part else None for part in module.parts),
@@ -159,6 +196,8 @@ def _factors_task(
         partners=tuple(partners),
         batch=None if alone else (shape, settings.weights, repr(settings.parameters)),
     )
+    check_factored(method, task, module, draft)
+    return task
 
 
 def _agreement_problems(
@@ -181,6 +220,16 @@ def _agreement_problems(
                 found=found,
                 remedy="Merge adapters of one base. If these are one model under several names, "
                 "pass --assume-same-base.",
+            )
+        )
+    styles = {adapter.style: adapter.origin for adapter in adapters}
+    if len(styles) > 1:
+        problems.append(
+            AdapterError(
+                "the adapters are of different formats, which name modules differently",
+                found=", ".join(f"{style} ({origin})" for style, origin in styles.items()),
+                remedy="Bring them to one format first: orthomerge merge ONE --method passthrough "
+                "--style diffusers -o OUT.safetensors.",
             )
         )
     flags = {adapter.config.value("fan_in_fan_out", bool, False) for adapter in adapters}

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from orthomerge.adapters.config import CONFIG_NAME
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.adapters.sources import Source, open_source, source_files
 from orthomerge.checkpoints.destination import check_destination, partial_folder
 from orthomerge.checkpoints.layout import plan_layout
@@ -20,6 +22,7 @@ from orthomerge.errors import (
     BudgetError,
     OrthoMergeError,
     ProblemsError,
+    RecipeError,
     UnknownNameError,
     combined,
 )
@@ -83,13 +86,15 @@ def build_plan(request: MergeRequest) -> Plan:
         draft.notes.append(
             f"{request.method} is {method.name}{'' if known else ' for models like these'}"
         )
+    if method.caution:
+        draft.notes.append(method.caution)
     if request.method is None and method.whole:
         draft.notes.append(
             f"{method.name} decomposes every weight matrix; --method "
             f"{'task-arithmetic' if base else 'linear'} takes seconds"
         )
     plan = _finish(request, method, opened, base, draft)
-    problems += draft.problems + _resource_problems(plan)
+    problems += draft.problems + _config_problems(plan, draft) + _resource_problems(plan)
     if problems:
         raise combined(problems)
     return plan
@@ -97,8 +102,8 @@ def build_plan(request: MergeRequest) -> Plan:
 
 def _collect(
     problems: list[OrthoMergeError],
-    action: Callable[[CheckpointSource], _Result],
-    argument: CheckpointSource,
+    action: Callable[[CheckpointSource | AdapterState], _Result],
+    argument: CheckpointSource | AdapterState,
 ) -> _Result | None:
     try:
         return action(argument)
@@ -160,13 +165,15 @@ def _finish(
     kind = _output_kind(request.output)
     digested = len(models) + (base is not None)
     # PEFT reads an adapter from one file.
-    in_shards = kind == "folder" and "adapter_config.json" not in draft.written_files
-    metadata = single_file_metadata(request, method.name, digested) if kind == "file" else None
+    in_shards = kind == "folder" and CONFIG_NAME not in draft.written_files
+    metadata = single_file_metadata(request, method.name, digested) if kind == "file" else {}
+    if draft.lora is not None:
+        metadata |= draft.lora.metadata(draft.lora.bounds)
     layout = plan_layout(
         [info for task in draft.tasks for info in task.outputs],
         max_shard_bytes=request.max_shard_bytes if in_shards else 1 << 62,
         filename=request.output.name if kind == "file" and request.output else draft.filename,
-        metadata=metadata,
+        metadata=metadata or None,
     )
     return Plan(
         request=request,
@@ -178,7 +185,7 @@ def _finish(
         layout=layout,
         output_kind=kind,
         copied_files=draft.copied_files if kind == "folder" else {},
-        written_files=draft.written_files if kind == "folder" else {},
+        written_files=draft.written_files if kind != "file" else {},
         compute_dtype=draft.compute_dtype,
         piece_elements=draft.piece_elements,
         convention=draft.convention,
@@ -194,6 +201,19 @@ def _output_kind(output: Path | None) -> OutputKind:
     if output is None:
         return "memory"
     return "file" if output.suffix == ".safetensors" else "folder"
+
+
+def _config_problems(plan: Plan, draft: Draft) -> list[OrthoMergeError]:
+    """Refuse to write an adapter without the config that says how to read it."""
+    if plan.output_kind != "file" or CONFIG_NAME not in draft.written_files:
+        return []
+    return [
+        RecipeError(
+            "a PEFT adapter is a folder: its config says how to read its tensors",
+            file=plan.request.output,
+            remedy="Name a folder; for LoRA adapters --style diffusers writes one file.",
+        )
+    ]
 
 
 def _resource_problems(plan: Plan) -> list[OrthoMergeError]:

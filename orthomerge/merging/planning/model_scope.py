@@ -1,0 +1,109 @@
+"""Check methods that look at the whole model first: one setting for all, and where they may run.
+
+``scope: model`` is looked for in the method's own parameters and in those of nested methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from orthomerge.checkpoints.dtypes import ITEM_SIZES
+from orthomerge.errors import RecipeError
+from orthomerge.merging.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora_modules import JoinedLora
+from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task
+from orthomerge.merging.planning.draft import Draft
+from orthomerge.merging.planning.memory import SURVEY_SHARE
+from orthomerge.merging.registry import MergeMethod, get_method
+
+__all__ = ["check_factored", "check_model_survey"]
+
+
+def check_model_survey(request: MergeRequest, draft: Draft) -> None:
+    """Report settings that a survey of the whole model cannot have; note the memory it takes.
+
+    It runs once, so its parameters cannot vary within the model; and it sees every model in every
+    module, so no adapter can be left out of one.
+
+    Args:
+        request: What was asked.
+        draft: The plan in the making, with all its tasks.
+    """
+    merged = [t for t in draft.tasks if t.kind in MERGED_KINDS and t.method is None]
+    parameters = [_surveyed(task.parameters) for task in merged]
+    if not any(p.get("scope") == "model" for p in parameters):
+        return
+    entries = sum(draft.surveyed_entries.get(task.name, task.info.numel) for task in merged)
+    draft.survey_bytes = int(SURVEY_SHARE * entries) * ITEM_SIZES[draft.compute_dtype]
+    for key in parameters[0]:
+        if len({str(p.get(key)) for p in parameters}) > 1:
+            draft.problems.append(
+                RecipeError(
+                    f"with scope: model the parameter '{key}' must have one value for all tensors",
+                    remedy="Give it one value, or use scope: tensor.",
+                )
+            )
+    absent = [t.name for t in merged if t.kind == "factors" and None in t.models]
+    if absent and request.absent == "skip":
+        draft.problems.append(
+            RecipeError(
+                "with scope: model no adapter can be left out of a module",
+                tensor=absent[0],
+                remedy="Pass --absent zero, or use scope: tensor.",
+            )
+        )
+
+
+def check_factored(method: MergeMethod, task: Task, module: JoinedLora, draft: Draft) -> None:
+    """Report why a method cannot merge one module's factors; note what a survey sees of it.
+
+    Args:
+        method: The method.
+        task: The module's task.
+        module: What it merges.
+        draft: The plan in the making.
+    """
+    nested = _nested_problem(method, task.parameters)
+    if nested:
+        draft.report_once(nested)
+    unfit = method.unfit_ranks(module.ranks) if method.unfit_ranks else None
+    if unfit:
+        remedy = "Use a method that takes any ranks: task-arithmetic."
+        draft.report_once(RecipeError(unfit, tensor=module.name, remedy=remedy))
+    draft.surveyed_entries[task.name] = coordinate_entries(
+        module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+    )
+
+
+def _nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> RecipeError | None:
+    """Return why a method of low-rank factors cannot run a nested one, or None."""
+    for inner in _nested(parameters):
+        chosen = get_method(inner["method"])
+        if method.lift is not None and "additive" not in chosen.laws:
+            return RecipeError(
+                f"{chosen.name} needs the base's weights, so {method.name} cannot run it",
+                remedy="Use a method whose update does not depend on the base: ties.",
+            )
+        if method.lift is None and any(c.get("scope") == "model" for c in _deep(parameters)):
+            return RecipeError(
+                f"scope: model looks at the whole model before {method.name} has changed it",
+                remedy="Use scope: tensor, or run the nested method itself, or in knots or core.",
+            )
+    return None
+
+
+def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the parameters a survey is made with: the nested method's, or all."""
+    return next(_nested(parameters), parameters)
+
+
+def _nested(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield from (value for value in parameters.values() if isinstance(value, Mapping))
+
+
+def _deep(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the choices in the parameters and the choices in those."""
+    for inner in _nested(parameters):
+        yield inner
+        yield from _deep(inner)
