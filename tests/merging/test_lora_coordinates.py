@@ -260,3 +260,16 @@ def test_every_additive_method_runs_in_core_coordinates() -> None:
         merged = core(factors, weights=[1.0, 1.0], op=name, draws=draws)
         assert np.isfinite(dense(merged)).all()
         assert np.linalg.matrix_rank(dense(merged), tol=1e-9) <= 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("space", ["knots", "knots-rows", "core"])
+def test_adapters_that_have_nothing_in_common_do_not_outvote_each_other(space, dtype) -> None:
+    """Where a model's coordinate is zero but for rounding, the other alone decides."""
+    first, second = random_pair((2, 3))
+    first.B[6:], second.B[:6], first.A[:, 4:], second.A[:, :4] = 0, 0, 0, 0
+    factors = [first.to(dtype), second.to(dtype)]
+    found = lifted(get_method("ties"), factors, weights=[1.0, 1.0], space=space, density=1.0)
+    total = sum(matrices([first, second]))
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    np.testing.assert_allclose(dense(found), total, atol=tolerance)
