@@ -157,9 +157,7 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
 
 
-def _measure(
-    task: Task, merged: Factors, sources: Sequence[Factors], context: Context
-) -> None:
+def _measure(task: Task, merged: Factors, sources: Sequence[Factors], context: Context) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
         total = concatenated(sources).norm().item()
@@ -196,7 +194,8 @@ def _write(
     context: Context,
 ) -> dict[str, Any]:
     """Write what the plan makes of one merged module; return digests and facts."""
-    scales = merged_scales(inputs.scales, inputs.weights, task.parameters, facts, context.factor)
+    method, factor = context.plan.method, context.factor
+    scales = merged_scales(method, inputs.scales, inputs.weights, task.parameters, facts, factor)
     merged = merged.scaled(context.factor)
     size = None if norm is None else norm.item() * abs(context.factor)
     details: dict[str, Any] = {"digests": _digests(module, inputs, context)}
