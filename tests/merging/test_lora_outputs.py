@@ -3,80 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from lora_folders import PREFIX, SHAPES, assert_changes, factors, read, write
+from safetensors.torch import load_file
 
 import orthomerge
 from orthomerge.errors import AdapterError, RecipeError
+from orthomerge.merging.executors.onto_base import merged_scales
 from orthomerge.merging.ranks import RankRule
 from orthomerge.merging.registry import all_methods
-from orthomerge.merging.spaces import Space
-
-PREFIX = "base_model.model."
-SHAPES = {"a.q": (12, 20), "a.v": (8, 20), "b.down": (20, 6)}
-CONFIG = {"peft_type": "LORA", "base_model_name_or_path": "org/base"}
-
-
-def write(folder, factors, *, biases=None, whole=None, dtype=torch.float64, **config):
-    """Write an adapter of ``{module: (B, A, alpha)}``; return its dense changes."""
-    tensors = {f"{PREFIX}{name}": value for name, value in (whole or {}).items()}
-    rslora = config.get("use_rslora", False)
-    dense = {}
-    for name, (B, A, alpha) in factors.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = A.to(dtype)
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = B.to(dtype)
-        rank = len(A)
-        scale = alpha / (math.sqrt(rank) if rslora else rank)
-        dense[name] = scale * B.to(dtype).double() @ A.to(dtype).double()
-        if biases:
-            tensors[f"{PREFIX}{name}.lora_B.bias"] = biases[name]
-    content = {
-        **CONFIG,
-        "r": 1,
-        "rank_pattern": {name: len(A) for name, (_, A, _) in factors.items()},
-        "alpha_pattern": {name: alpha for name, (_, _, alpha) in factors.items()},
-        "target_modules": list(factors),
-        "lora_bias": bool(biases),
-        **config,
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(content))
-    return dense
-
-
-def factors(seed, rank=3, names=tuple(SHAPES), alpha=6.0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    decay = torch.logspace(0, -1.5, rank, dtype=torch.float64)
-    return {
-        n: (normal(SHAPES[n][0], rank) * decay, normal(rank, SHAPES[n][1]), alpha) for n in names
-    }
-
-
-def read(folder):
-    """Return the dense changes of a merged adapter, biases and whole tensors; check its scale."""
-    config = json.loads((folder / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"]
-    assert config["rank_pattern"] == config["alpha_pattern"]
-    assert not config["use_rslora"]
-    stored = load_file(folder / "adapter_model.safetensors")
-    found = {}
-    for key in [key for key in stored if key.endswith("lora_A.weight")]:
-        B = stored.pop(key.replace("lora_A", "lora_B")).double()
-        found[key.removeprefix(PREFIX).removesuffix(".lora_A.weight")] = (
-            B @ stored.pop(key).double()
-        )
-    return found | {key.removeprefix(PREFIX): value for key, value in stored.items()}
 
 
 def ranks(folder):
@@ -86,12 +26,6 @@ def ranks(folder):
         for key, value in stored.items()
         if key.endswith("lora_A.weight")
     }
-
-
-def assert_changes(found, wanted, tolerance=1e-12):
-    assert found.keys() == wanted.keys()
-    for name, change in wanted.items():
-        torch.testing.assert_close(found[name], change, atol=tolerance, rtol=0)
 
 
 @pytest.fixture
@@ -331,50 +265,23 @@ def test_biases_follow_a_method_of_task_vectors(tmp_path) -> None:
     torch.testing.assert_close(found["a.v.lora_B.bias"], 2.0 * ones["a.v"])
 
 
-def of_factors(method):
-    additive = method.space is Space.DELTA and "additive" in method.laws and not method.nests
-    return method.factors is not None or additive
-
-
-def same_changes(form):
-    """Return the factors of seed 1 in another form, and its config."""
-    stored, config = factors(1), {}
-    if form == "alpha":
-        stored = {n: (B * 3, A, alpha / 3) for n, (B, A, alpha) in stored.items()}
-    elif form == "rslora":
-        config["use_rslora"] = True
-        stored = {n: (B / math.sqrt(3), A, alpha) for n, (B, A, alpha) in stored.items()}
-    elif form == "rank":
-        pad = torch.nn.functional.pad
-        stored = {
-            n: (pad(B, (0, 2)), pad(A, (0, 0, 0, 2)), alpha * 5 / 3)
-            for n, (B, A, alpha) in stored.items()
-        }
-    elif form == "gauge":
-        M = torch.eye(3, dtype=torch.float64) + torch.tril(torch.ones(3, 3)).double()
-        stored = {
-            n: (B @ M, torch.linalg.solve(M, A), alpha) for n, (B, A, alpha) in stored.items()
-        }
-    return stored, config
-
-
-@pytest.mark.parametrize("form", ["alpha", "rslora", "rank", "gauge"])
-@pytest.mark.parametrize("name", [name for name, m in all_methods().items() if of_factors(m)])
-def test_only_the_change_counts_not_how_it_is_stored(tmp_path, name, form) -> None:
-    """The same change under other (alpha, r, rsLoRA) or other factors gives the same merge."""
-    method = all_methods()[name]
-    write(tmp_path / "second", factors(2, rank=2, alpha=1.0))
-    folders = [tmp_path / "first", tmp_path / "second"][: method.max_models or 2]
-
-    def merged(form):
-        stored, config = same_changes(form)
-        shutil.rmtree(tmp_path / "first", ignore_errors=True)
-        dense = write(tmp_path / "first", stored, **config)
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        orthomerge.merge(folders, method=name, output=tmp_path / "out")
-        return dense, read(tmp_path / "out")
-
-    (dense, wanted), (again, found) = merged("plain"), merged(form)
-    assert_changes(again, dense, 1e-13)
-    assert max(float(change.abs().max()) for change in wanted.values()) > 0.1
-    assert_changes(found, wanted, 1e-10)
+@pytest.mark.parametrize(
+    ("name", "normalize", "weights", "share"),
+    [
+        ("ties", True, [1.0, -1.0], 0.5),  # what agrees is divided by the sizes of its weights
+        ("ties", False, [1.0, -1.0], 1.0),
+        ("ties", True, [0.0, 0.0], 1.0),
+        ("task-arithmetic", True, [1.0, 3.0], 0.25),
+        ("linear", True, [3.0, -1.0], 0.5),
+    ],
+)
+def test_magnitudes_are_averaged_by_what_the_method_divides_by(
+    name, normalize, weights, share
+) -> None:
+    """Also where the weights sum to zero and no sum of them is asked for."""
+    method, parameters = all_methods()[name], {"scale": 2.0, "normalize": normalize}
+    diagonals = [torch.tensor([2.0, 1.0]), None]
+    found = merged_scales(method, diagonals, weights, parameters, {}, 1.0)
+    wanted = torch.tensor([1 + 2 * share * weights[0], 1.0])
+    torch.testing.assert_close(found, wanted)
+    assert merged_scales(method, [None, None], weights, parameters, {}, 1.0) is None

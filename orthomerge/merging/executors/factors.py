@@ -194,7 +194,8 @@ def _write(
     context: Context,
 ) -> dict[str, Any]:
     """Write what the plan makes of one merged module; return digests and facts."""
-    scales = merged_scales(inputs.scales, inputs.weights, task.parameters, facts, context.factor)
+    method, factor = context.plan.method, context.factor
+    scales = merged_scales(method, inputs.scales, inputs.weights, task.parameters, facts, factor)
     merged = merged.scaled(context.factor)
     size = None if norm is None else norm.item() * abs(context.factor)
     details: dict[str, Any] = {"digests": _digests(module, inputs, context)}

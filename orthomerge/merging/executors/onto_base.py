@@ -21,6 +21,7 @@ from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.plan import Task
+from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.streams import TensorReader
 
 __all__ = [
@@ -95,6 +96,7 @@ def own_scales(
 
 
 def merged_scales(
+    method: MergeMethod,
     scales: Sequence[Tensor | None],
     weights: Sequence[float],
     parameters: Mapping[str, Any],
@@ -103,19 +105,25 @@ def merged_scales(
 ) -> Tensor | None:
     """Merge the diagonals of DoRA modules: ``D = I + λ Σ w_i (D_i - I)``; None for I.
 
-    λ is the method's scale, divided by the sum of the weights if the method averages.
+    λ is the method's scale, divided by the sum of the weights if the method does so, and by that of
+    their sizes if it averages what agrees.
 
     Args:
+        method: The method.
         scales: D_i, one per model; None for a model without magnitudes here.
         weights: w_i.
         parameters: The method's.
         facts: What the method measured: its scale where that was left to it.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
+    if not any(own is not None for own in scales):
+        return None
     given = facts.get("scale", parameters.get("scale", 1.0))
     strength = factor * float(given)
-    if parameters.get("normalize"):
+    if method.needs_weight_sum(parameters):
         strength /= sum(weights)
+    elif parameters.get("normalize"):
+        strength /= sum(map(abs, weights)) or 1.0
     merged: Tensor | None = None
     for own, weight in zip(scales, weights, strict=True):
         if own is not None:
