@@ -1,4 +1,4 @@
-"""``orthomerge merge --explain``: what it prints, its JSON, its refusals; and that it writes nothing."""
+"""``orthomerge merge --explain``: its tables, its JSON, its refusals; and it writes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verdict on adapters whose relation is known: equal, loud, shared, alike, opposed, untrained."""
+"""The verdict on adapters whose relation is known: loud, shared, alike, opposed, untrained."""
 
 from __future__ import annotations
 

@@ -144,9 +144,7 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
 
 
-def _measure(
-    task: Task, merged: Factors, sources: Sequence[Factors], context: Context
-) -> None:
+def _measure(task: Task, merged: Factors, sources: Sequence[Factors], context: Context) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
         total = concatenated(sources).norm().item()
