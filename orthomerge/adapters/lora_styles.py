@@ -172,6 +172,8 @@ def file_style(
 
 
 def _key_style(name: str) -> LoraStyle | Literal["bare"] | None:
+    if "lora" not in name and not name.startswith("lycoris_"):
+        return None  # quickly, for the many names of a full model
     if name.startswith(PREFIX):
         return "peft" if ".lora_" in name else None
     split = split_lora_key(name)

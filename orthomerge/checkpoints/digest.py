@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from blake3 import blake3
 
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.reader import Checkpoint
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "DIGEST_PLACEHOLDER",
+    "HashingSource",
     "content_digest",
     "hash_checkpoint",
     "hash_tensor",
@@ -71,6 +77,42 @@ def hash_tensor(checkpoint: Checkpoint, name: str) -> str:
         checkpoint.read_into(name, block, start)
         hasher.update(block)
     return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class HashingSource:
+    """A checkpoint that hashes whole tensors as they are read, for what reads them anyway.
+
+    Attributes:
+        checkpoint: What is read.
+        digests: Tensor name to the hex digest of its bytes, of every tensor read so far.
+    """
+
+    checkpoint: Checkpoint
+    digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """Where it came from, as the user wrote it."""
+        return self.checkpoint.origin
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors, by name."""
+        return self.checkpoint.tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the whole tensor, and keep the digest of its bytes."""
+        import torch
+
+        values = self.checkpoint.read(name)
+        raw = values.cpu().contiguous().reshape(-1).view(torch.uint8)
+        self.digests[name] = blake3(raw.numpy().data).hexdigest()
+        return values
+
+    def digest(self, name: str) -> str:
+        """Return the hex digest of a tensor's bytes; it is read now if it has not been."""
+        return self.digests.get(name) or hash_tensor(self.checkpoint, name)
 
 
 def hash_checkpoint(checkpoint: Checkpoint) -> str:

@@ -157,6 +157,7 @@ _MODULES = {
         "gram",
         "singular_values",
         "truncated",
+        "truncated_with_values",
     ),
     "logarithms": (
         "cayley_angles",
@@ -209,6 +210,7 @@ _MODULES = {
         "cayley_neumann",
         "inverse_cayley",
     ),
+    "sketching": ("sketch",),
     "skew": (
         "pack_skew",
         "unpack_skew",

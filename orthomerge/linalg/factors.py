@@ -24,11 +24,13 @@ __all__ = [
     "gram",
     "singular_values",
     "truncated",
+    "truncated_with_values",
 ]
 
 # What rounding leaves of a singular value that is zero, relative to sum ||b_k|| ||a_k||: float64
 # factors are decomposed themselves, float32 ones through their Gram matrices, hence the root.
 _EXACT, _BY_GRAM = 1e-14, 1e-7
+_PANEL, _COLUMNS = 64, 2048  # how a large Gram matrix is taken apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ class Factors:
 
     def scaled(self, c: float | Tensor) -> Factors:
         """Return ``c B A``; c is a number, or one number per matrix of the batch."""
+        if not isinstance(c, Tensor) and c == 1:
+            return self
         by = c[..., None, None].to(self.A) if isinstance(c, Tensor) else c
         return Factors(self.B, self.A * by)
 
@@ -99,7 +103,7 @@ class Factors:
 
         ``||B A||_F^2 = tr((B^T B)(A A^T))``.
         """
-        return self.inner(self).clamp(min=0).sqrt()
+        return (gram(self.B.mT) * gram(self.A)).sum(dim=(-2, -1)).clamp(min=0).sqrt()
 
     @full_precision()
     def inner(self, other: Factors) -> Tensor:
@@ -170,7 +174,7 @@ def balanced(F: Factors) -> Factors:
     >>> float(F.B.abs()), float(F.A.abs())
     (2.0, 2.0)
     """
-    return _evenly_split(F, min(F.rank, *F.shape))
+    return _evenly_split(F, min(F.rank, *F.shape), _core(F))
 
 
 def truncated(F: Factors, rank: int) -> Factors:
@@ -190,9 +194,23 @@ def truncated(F: Factors, rank: int) -> Factors:
     tensor([[0., 0.],
             [0., 4.]])
     """
+    return truncated_with_values(F, rank)[0]
+
+
+def truncated_with_values(F: Factors, rank: int) -> tuple[Factors, Tensor]:
+    """Return ``truncated`` and all ``singular_values``, which it costs nothing to know by then.
+
+    Raises:
+        NumericalError: A factor is not finite, or the rank is below 1.
+
+    >>> F = Factors(torch.eye(2), torch.diag(torch.tensor([3.0, 4.0])))
+    >>> truncated_with_values(F, 1)[1]
+    tensor([4., 3.], dtype=torch.float64)
+    """
     if rank < 1:
         raise NumericalError("the rank must be at least 1", found=rank)
-    return _evenly_split(F, min(rank, F.rank, *F.shape))
+    core = _core(F)
+    return _evenly_split(F, min(rank, F.rank, *F.shape), core), core.values
 
 
 def singular_values(F: Factors) -> Tensor:
@@ -216,8 +234,19 @@ def gram(X: Tensor) -> Tensor:
     >>> gram(torch.tensor([[3.0, 4.0]]))
     tensor([[25.]], dtype=torch.float64)
     """
-    rows = X.double()
-    return rows @ rows.mT
+    rank = X.shape[-2]
+    if X.device.type != "cpu" or rank <= _PANEL:
+        rows = X.double()
+        return rows @ rows.mT
+    # One triangle, and few columns at a time: their float64 copy stays in the cache.
+    G = X.new_zeros(*X.shape[:-1], rank, dtype=torch.float64)
+    for start in range(0, X.shape[-1], _COLUMNS):
+        rows = X[..., start : start + _COLUMNS].double()
+        for at in range(0, rank, _PANEL):
+            below = at + _PANEL
+            G[..., at:below, :below] += rows[..., at:below, :] @ rows[..., :below, :].mT
+    lower = G.tril()
+    return lower + lower.tril(-1).mT
 
 
 @full_precision()
@@ -280,8 +309,8 @@ def _decomposed(left: Tensor, right: Tensor, tolerance: float, rank: int) -> _Co
 
 
 @full_precision()
-def _evenly_split(F: Factors, rank: int) -> Factors:
-    columns, rows = _core(F).halves(rank)
+def _evenly_split(F: Factors, rank: int, core: _Core) -> Factors:
+    columns, rows = core.halves(rank)
     dtype = working_dtype(F.B, F.A)
     return Factors(F.B.to(dtype) @ columns.to(dtype), rows.to(dtype) @ F.A.to(dtype))
 

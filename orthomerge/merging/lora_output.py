@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from orthomerge.adapters.config import CONFIG_NAME
 from orthomerge.adapters.lora_export import diffusers_metadata, lora_config
@@ -44,7 +45,7 @@ class LoraOutput:
     style: LoraStyle = "peft"
     names: Mapping[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def biased(self) -> bool:
         """Whether every module gets a bias of B, because some module of some adapter has one."""
         return any(module.biased for module in self.modules.values())

@@ -45,10 +45,12 @@ class Merged:
         tensor: The merged tensor; ``Factors`` in FACTORS space.
         facts: What it measured on the way, JSON-ready; kept in the journal and the report. Of a
             batch of modules each fact is a tensor with one entry per module.
+        norm: Frobenius norm of a product of factors [...] in float64, where the method knows it.
     """
 
     tensor: Any
     facts: Mapping[str, Any] = field(default_factory=dict)
+    norm: Any = None
 
 
 @dataclass(frozen=True)

@@ -50,16 +50,12 @@ def merge_lora(
     Example:
         >>> import torch
         >>> from orthomerge.adapters import AdapterState
-        >>> def adapter(value, name):
-        ...     config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
-        ...     one = torch.full((1, 1), value)
-        ...     key = "base_model.model.q.lora_{}.weight"
-        ...     return AdapterState({key.format("A"): one, key.format("B"): one}, config, name)
-        >>> merged = merge_lora([adapter(1.0, "a"), adapter(2.0, "b")], method="task-arithmetic")
-        >>> B = merged.adapter.tensors["base_model.model.q.lora_B.weight"]
-        >>> A = merged.adapter.tensors["base_model.model.q.lora_A.weight"]
+        >>> keys = [f"base_model.model.q.lora_{side}.weight" for side in "BA"]
+        >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+        >>> one = AdapterState(dict.fromkeys(keys, torch.ones(1, 1)), config, "one")
+        >>> B, A = (merge_lora([one, one], method="sum").adapter.tensors[key] for key in keys)
         >>> B @ A
-        tensor([[5.]])
+        tensor([[2.]])
     """
     model = None if isinstance(adapters, list | tuple) else adapters
     if model is None and (names is not None or into is not None):

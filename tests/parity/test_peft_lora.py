@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import peft
 from adapter_models import Layers, assert_same, headers, make_adapter, our_merge, peft_merge
 from safetensors.torch import load_file
 
+from orthomerge.adapters.dora import dora_scales
 from orthomerge.adapters.lora_settings import lora_alpha
 from orthomerge.adapters.sources import open_source
 from orthomerge.adapters.updates import adapter_updates
@@ -73,6 +75,37 @@ def test_formula_in_double_precision(tmp_path: Path, dora: bool) -> None:
             V = m[:, None] * V / V.pow(2).sum(1, keepdim=True).sqrt()
         expected = V.T if turned else V
         torch.testing.assert_close(ours[f"{name}.weight"], expected, atol=1e-14, rtol=0)
+
+
+def test_the_split_of_dora_is_pefts_merge_in_double_precision(tmp_path: Path) -> None:
+    """D W0 + (D B) A, D on the features PEFT has norms of, in every layer kind."""
+    folder = save(tmp_path, use_dora=True)
+    model = Layers().double()
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loaded = peft.PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for name, parameter in loaded.named_parameters():
+                if "lora_" in name:  # which PEFT made in the default dtype
+                    parameter.data = parameter.data.double()
+        theirs = loaded.merge_and_unload().state_dict()
+    adapter = open_source(folder).lora
+    assert adapter is not None
+    assert len(adapter.modules) == 6
+    for name in adapter.modules:
+        W0 = base[f"{name}.weight"]
+        turned = name in ("turned", "embed")
+        B, A = adapter.factors(name, torch.float64)
+        if name == "embed":
+            B, A = A.mT, B.mT
+        m = adapter.magnitude(name, torch.float64)
+        assert m is not None
+        rows = (W0.mT if turned else W0).flatten(1)
+        D = dora_scales(rows, m, B, A)[:, None]
+        ours = D * rows + (D * B) @ A
+        ours = ours.mT if turned else ours.reshape(W0.shape)
+        torch.testing.assert_close(ours, theirs[f"{name}.weight"], atol=1e-14, rtol=0)
 
 
 def test_factors_are_the_change_in_both_orientations(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ Modules of equal shape may come as one batch; nothing here forms a dense change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,10 +16,16 @@ from torch import Tensor
 from orthomerge.adapters.dora import dora_left_factor, dora_magnitudes
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.lora_export import lora_tensors
-from orthomerge.checkpoints.digest import hash_tensor
+from orthomerge.checkpoints.digest import HashingSource
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.errors import OrthoMergeError
-from orthomerge.linalg.factors import Factors, concatenated, singular_values, truncated
+from orthomerge.linalg.factors import (
+    Factors,
+    concatenated,
+    singular_values,
+    truncated_with_values,
+)
+from orthomerge.linalg.sketching import sketch
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.onto_base import (
     BaseWeight,
@@ -46,6 +53,7 @@ class FactorInputs:
         positions: Which models those are.
         scales: Per model, the diagonal by which a DoRA module scales its output features.
         base: The base's weight, where it is needed.
+        sources: Per model, what its tensors were read through; empty if nothing is hashed.
     """
 
     modules: list[JoinedLora]
@@ -54,6 +62,7 @@ class FactorInputs:
     positions: list[int]
     scales: list[Tensor | None] = field(default_factory=list)
     base: BaseWeight | None = None
+    sources: list[HashingSource] = field(default_factory=list)
 
     @property
     def folded(self) -> list[float]:
@@ -67,7 +76,7 @@ class FactorInputs:
 
 def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     """Merge one module, or a batch of equal shape; return the details of each."""
-    inputs = read_factors(tasks, context)
+    inputs = read_factors(tasks, context, hashing=not context.measuring)
     try:
         merged = merge_factors(
             context.plan.method,
@@ -86,6 +95,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     for at, (task, module) in enumerate(zip(tasks, inputs.modules, strict=True)):
         result = _item(merged.tensor, at, batched=batched)
         facts = _facts(merged.facts, at, batched=batched)
+        norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
             _measure(task, result, own, context)
@@ -93,19 +103,22 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
                 context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
         else:
-            details.append(_write(task, module, inputs, result, facts, context))
+            details.append(_write(task, module, inputs, result, norm, facts, context))
         context.advance(task.read_bytes)
     return details
 
 
-def read_factors(tasks: Sequence[Task], context: Context) -> FactorInputs:
+def read_factors(tasks: Sequence[Task], context: Context, *, hashing: bool = False) -> FactorInputs:
     """Read every model's factors; a module a model lacks is a change of rank 0, or left out."""
-    adapters = _adapters(context)
+    adapters, sources = _adapters(context), []
+    if hashing and context.plan.request.provenance:
+        sources = [HashingSource(model.checkpoint) for model in context.plan.models]
+        adapters = [replace(a, source=s) for a, s in zip(adapters, sources, strict=True)]
     modules = [joined_module(task, context) for task in tasks]
     skip = context.plan.request.absent == "skip"
     here = [at for at, part in enumerate(modules[0].parts) if part is not None or not skip]
     weights = [tasks[0].weights[at] for at in here]
-    inputs = FactorInputs(modules, [], weights, here)
+    inputs = FactorInputs(modules, [], weights, here, sources=sources)
     if tasks[0].base is not None:
         inputs.base = BaseWeight(tasks[0], context)
         updates = module_updates(tasks[0], context)
@@ -176,21 +189,24 @@ def _write(
     module: JoinedLora,
     inputs: FactorInputs,
     merged: Factors,
+    norm: Tensor | None,
     facts: dict[str, Any],
     context: Context,
 ) -> dict[str, Any]:
     """Write what the plan makes of one merged module; return digests and facts."""
     scales = merged_scales(inputs.scales, inputs.weights, task.parameters, facts, context.factor)
     merged = merged.scaled(context.factor)
+    size = None if norm is None else norm.item() * abs(context.factor)
+    details: dict[str, Any] = {"digests": _digests(module, inputs, context)}
     if context.plan.lora is None:
         assert inputs.base is not None
-        written = write_weight(task, context, inputs.base, merged, scales)
-        facts["norm"] = merged.norm().item()
+        details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
+        facts["norm"] = merged.norm().item() if size is None else size
     else:
-        stored, kept = _write_adapter(task, module, inputs, merged, scales, context)
-        written, facts = stored.norm().item(), {**facts, **kept}
-    digests = _digests(module, inputs.base, context)
-    return {"digests": digests, "facts": facts, "written_norm": written}
+        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, context)
+        details["written_sketch"] = sketch(stored).tolist()
+        facts = {**facts, **kept}
+    return {**details, "facts": facts}
 
 
 def _write_adapter(
@@ -198,14 +214,13 @@ def _write_adapter(
     module: JoinedLora,
     inputs: FactorInputs,
     merged: Factors,
+    size: float | None,
     scales: Tensor | None,
     context: Context,
 ) -> tuple[Factors, dict[str, Any]]:
     """Bring the product to its rank and write it; return what was written, kept and lost."""
     assert context.plan.lora is not None
-    rank, whole = task.info.shape[0], merged.norm().item()
-    kept = (truncated(merged, rank) if merged.rank > rank else merged).padded(rank)
-    norm = kept.norm().item()
+    kept, facts = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
     if context.plan.lora.dora:
         assert inputs.base is not None
@@ -226,8 +241,19 @@ def _write_adapter(
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
-    energy = min(1.0, (norm / whole) ** 2) if whole else 1.0
-    return kept, {"rank": rank, "energy": energy, "norm": norm}
+    return stored, facts
+
+
+def _reduced(merged: Factors, rank: int, size: float | None) -> tuple[Factors, dict[str, Any]]:
+    """Return the product at its rank: the norm, and the share of its square that is kept."""
+    if merged.rank <= rank:
+        norm = merged.norm().item() if size is None else size
+        return merged.padded(rank), {"rank": rank, "energy": 1.0, "norm": norm}
+    kept, values = truncated_with_values(merged, rank)
+    squares = values.square()
+    whole, part = squares.sum().item(), squares[:rank].sum().item()
+    energy = part / whole if whole else 1.0
+    return kept.padded(rank), {"rank": rank, "energy": energy, "norm": math.sqrt(part)}
 
 
 def _with_magnitudes(
@@ -258,18 +284,17 @@ def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context
     return merged * context.factor
 
 
-def _digests(
-    module: JoinedLora, base: BaseWeight | None, context: Context
-) -> list[list[list[str]]]:
+def _digests(module: JoinedLora, inputs: FactorInputs, context: Context) -> list[list[list[str]]]:
     """Return the [tensor name, digest] pairs of each source, in the order base, models."""
-    if not context.plan.request.provenance:
+    if not inputs.sources:
         return []
     found = [
-        [[key, hash_tensor(model.checkpoint, key)] for key in (part.keys if part else ())]
-        for model, part in zip(context.plan.models, module.parts, strict=True)
+        [[key, source.digest(key)] for key in (part.keys if part else ())]
+        for source, part in zip(inputs.sources, module.parts, strict=True)
     ]
     if context.plan.base is None:
         return found
+    base = inputs.base
     return [[[base.name, base.digest()]] if base else [], *found]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.lora_renaming import converted_module
@@ -17,10 +16,11 @@ from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
+from orthomerge.errors import OrthoMergeError
 from orthomerge.merging.lora_modules import JoinedLora, joined_lora
 from orthomerge.merging.lora_output import LoraOutput
 from orthomerge.merging.plan import MergeRequest, Task
+from orthomerge.merging.planning.agreement import agreement_problems, module_problems
 from orthomerge.merging.planning.carried import carried_names, carried_task, copy_task
 from orthomerge.merging.planning.draft import (
     Draft,
@@ -50,7 +50,8 @@ def draft_tasks(
     modules = joined_lora(adapters, draft.problems)
     stored = [part.dtype for module in modules.values() for part in module.parts if part]
     draft.compute_dtype = compute_dtype(request, stored)
-    draft.problems += _agreement_problems(request, adapters, modules, base)
+    draft.problems += agreement_problems(request, adapters)
+    draft.problems += module_problems(request, modules, has_base=base is not None)
     weights = _base_weights(models, base, draft)
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
@@ -198,78 +199,6 @@ def _factors_task(
     )
     check_factored(method, task, module, draft)
     return task
-
-
-def _agreement_problems(
-    request: MergeRequest,
-    adapters: Sequence[LoraAdapter],
-    modules: dict[str, JoinedLora],
-    base: Source | None,
-) -> list[OrthoMergeError]:
-    """Return why these adapters do not belong together, or cannot be one adapter."""
-    problems: list[OrthoMergeError] = []
-    bases = {a.origin: a.config.values.get("base_model_name_or_path") for a in adapters}
-    names = {
-        PurePosixPath(str(base).rstrip("/")).name.casefold() for base in bases.values() if base
-    }
-    if len(names) > 1 and not request.assume_same_base:
-        found = ", ".join(f"{base} ({origin})" for origin, base in bases.items())
-        problems.append(
-            AdapterError(
-                "the adapters name different base models",
-                found=found,
-                remedy="Merge adapters of one base. If these are one model under several names, "
-                "pass --assume-same-base.",
-            )
-        )
-    styles = {adapter.style: adapter.origin for adapter in adapters}
-    if len(styles) > 1:
-        problems.append(
-            AdapterError(
-                "the adapters are of different formats, which name modules differently",
-                found=", ".join(f"{style} ({origin})" for style, origin in styles.items()),
-                remedy="Bring them to one format first: orthomerge merge ONE --method passthrough "
-                "--style diffusers -o OUT.safetensors.",
-            )
-        )
-    flags = {adapter.config.value("fan_in_fan_out", bool, False) for adapter in adapters}
-    if len(flags) > 1:
-        problems.append(
-            AdapterError(
-                "the adapters' fan_in_fan_out differ, so their bases store weights differently",
-                remedy="Merge adapters of one base model.",
-            )
-        )
-    dora = next((module for module in modules.values() if module.dora), None)
-    if dora is not None and request.form != "dora":
-        known = "" if base else "Pass --base (in a recipe: base), the model they were trained on. "
-        problems.append(
-            AdapterError(
-                "DoRA scales the rows of the base's weights, which no low-rank change can express",
-                tensor=dora.name,
-                remedy=f"{known}With --base the result is a full checkpoint, with --as dora as "
-                "well a DoRA adapter.",
-            )
-        )
-    biased = next((module for module in modules.values() if module.biased), None)
-    if biased is not None and request.form == "dora":
-        problems.append(
-            AdapterError(
-                "PEFT has no biases of B beside magnitudes",
-                tensor=biased.name,
-                remedy="Pass --as full.",
-            )
-        )
-    absent = [m.name for m in modules.values() if None in m.parts]
-    if absent and request.absent == "error":
-        problems.append(
-            RecipeError(
-                f"{len(absent)} of {len(modules)} modules are not in every adapter",
-                tensor=absent[0],
-                remedy="Pass --absent zero or skip.",
-            )
-        )
-    return problems
 
 
 def _note_absent(
