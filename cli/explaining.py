@@ -60,9 +60,13 @@ def _compare(found: Explainable, *, show: bool) -> Comparison:
     modules: dict[str, ModuleComparison] = {}
 
     def observe(seen: MergedModule) -> None:
-        result = {"merged": seen.merged, "facts": seen.facts, "scale": seen.scale}
         modules[seen.name] = compare_updates(
-            seen.name, seen.factors, weights=seen.task.weights, **(result if found.exact else {})
+            seen.name,
+            seen.factors,
+            weights=seen.task.weights,
+            merged=seen.merged if found.exact else None,
+            facts=seen.facts if found.exact else None,
+            scale=seen.scale if found.exact else None,
         )
 
     def run(advance: Callable[[int], None] | None = None) -> None:

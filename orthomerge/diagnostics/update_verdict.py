@@ -132,9 +132,10 @@ def _on_imbalance(total: TotalComparison, ratio: float) -> Iterator[str]:
     loud = max(range(len(total.sizes)), key=lambda at: total.sizes[at])
     quiet = min((at for at, f in enumerate(total.sizes) if f > 0), key=lambda at: total.sizes[at])
     share = total.shares[loud] or 0.0
+    part = f"{share:.1%}" if share <= 0.999 else "over 99.9%"
     yield (
-        f"Adapter {loud + 1} is {ratio:.3g} times as loud as adapter {quiet + 1} and holds "
-        f"{'over ' if share > 0.999 else ''}{min(share, 0.999):.1%} of the energy{_sum_words(total, loud, quiet)}."
+        f"Adapter {loud + 1} is {ratio:.3g} times as loud as adapter {quiet + 1} and holds {part} "
+        f"of the energy{_sum_words(total, loud, quiet)}."
     )
     yield f"decouple_strength would trade loud for quiet. {_TRADE}"
     yield "Weights (--weight) are the other lever."

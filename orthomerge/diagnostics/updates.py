@@ -21,6 +21,7 @@ from orthomerge.diagnostics.interference import (
     SideComparison,
 )
 from orthomerge.errors import NumericalError
+from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
 from orthomerge.linalg.factors import Factors, balancing, concatenated, gram, singular_values
 from orthomerge.linalg.orthogonal_stacks import mean_principal_cosine, whitened_stack
 from orthomerge.linalg.precision import full_precision
@@ -82,15 +83,8 @@ def compare_updates(
     inner = _spread(stack.inner, places, len(factors))
     size = math.sqrt(math.prod(stack.shape))
     sizes = tuple(math.sqrt(inner[at][at]) / size for at in range(len(factors)))
-    against = None if merged is None else stack.inner_with(merged)
-    merged_inner = None if against is None else _spread_row(against, places, len(factors))
-    norm = None if merged is None else _merged_norm(merged)
-    columns = _column_norms(present, [F for _, F in present], stack.live)
-    within: list[float | None] = [None] * len(factors)
-    for at, alpha in columns.items():
-        within[at] = relative_variance(alpha.tolist())
-    spectrum = () if merged is None else tuple(singular_values(merged).tolist())
-    return ModuleComparison(
+    columns = _column_norms(present, stack.live)
+    module = ModuleComparison(
         name=name,
         shape=stack.shape,
         ranks=tuple(F.rank if F is not None else 0 for F in factors),
@@ -100,18 +94,34 @@ def compare_updates(
         imbalance=size_ratio(sizes),
         mv=relative_variance([f for f in sizes if f > 0]),
         mv_columns=_mean_column_variance(list(columns.values())),
-        mv_within=tuple(within),
+        mv_within=tuple(
+            relative_variance(columns[at].tolist()) if at in columns else None
+            for at in range(len(factors))
+        ),
         cosines=update_cosines(inner),
         sum_alignment=_sum_alignment(inner, given),
-        alignment=None
-        if merged_inner is None or norm is None
-        else alignment(merged_inner, [inner[at][at] for at in range(len(factors))], norm, given),
+        alignment=None,
         A=stack.side("A", facts or {}),
         B=stack.side("B", facts or {}),
-        effective_rank=effective_rank(spectrum),
         scale=scale,
         inner=tuple(map(tuple, inner)),
-        merged_inner=merged_inner,
+    )
+    return module if merged is None else _with_merged(module, stack, merged, places)
+
+
+def _with_merged(
+    module: ModuleComparison, stack: _Stack, merged: Factors, places: Sequence[int]
+) -> ModuleComparison:
+    """Add what a method has made of the updates: alignment and spectrum."""
+    count = len(module.inner)
+    products = _spread_row(stack.inner_with(merged), places, count)
+    squares = [module.inner[at][at] for at in range(count)]
+    norm, spectrum = merged.norm().item(), tuple(singular_values(merged).tolist())
+    return replace(
+        module,
+        alignment=alignment(products, squares, norm, module.weights),
+        effective_rank=effective_rank(spectrum),
+        merged_inner=products,
         merged_norm=norm,
         spectrum=spectrum,
     )
@@ -272,20 +282,13 @@ class _Stack:
 
     def _balanced(self, side: str) -> tuple[Tensor, list[int]]:
         """Return the Gram matrix of balanced factors, 0 for what does not live, and the ranks."""
-        blocks, ranks = [], []
-        for live, at, own in self._blocks():
-            X, Y, S = balancing(self.left[at, at], self.right[at, at])
-            blocks.append((Y if side == "A" else X.mT) * live)
-            ranks.append(int((S > 0).sum()) * live)
-            assert own == len(S)
-        T = torch.block_diag(*blocks)
-        G = self.right if side == "A" else self.left
-        return T @ G @ T.mT, ranks
-
-    def _blocks(self) -> list[tuple[bool, slice, int]]:
-        starts = [sum(self.ranks[:at]) for at in range(len(self.ranks))]
-        parts = zip(self.live, starts, self.ranks, strict=True)
-        return [(live, slice(start, start + rank), rank) for live, start, rank in parts]
+        left, right = (diagonal_blocks(G, self.ranks) for G in (self.left, self.right))
+        X, Y, S = balancing(left, right)
+        T = (Y if side == "A" else X.mT) * self._alive()[:, None, None]
+        half = blocks_times(T, self.right if side == "A" else self.left, self.ranks)
+        ranks = (S > 0).sum(-1).tolist()
+        live = [rank * alive for rank, alive in zip(ranks, self.live, strict=True)]
+        return blocks_times(T, half.mT, self.ranks), live
 
     def _alive(self, *, both: bool = False) -> Tensor:
         live = torch.tensor(self.live, dtype=self.left.dtype, device=self.left.device)
@@ -323,17 +326,12 @@ def _traces(G: Tensor, ranks: Sequence[int]) -> Tensor:
     return torch.stack([part.sum() for part in torch.split(G.diagonal(), list(ranks))])
 
 
-def _merged_norm(merged: Factors) -> float:
-    norm: float = merged.norm().item()
-    return norm
-
-
 def _column_norms(
-    present: Sequence[tuple[int, Factors]], parts: Sequence[Factors], live: Sequence[bool]
+    present: Sequence[tuple[int, Factors]], live: Sequence[bool]
 ) -> dict[int, Tensor]:
     """Return the norms of every column of the updates that are not 0, in float64."""
-    rows = zip(present, parts, live, strict=True)
-    return {at: F.column_norms().double() for (at, _), F, lives in rows if lives}
+    rows = zip(present, live, strict=True)
+    return {at: F.column_norms().double() for (at, F), lives in rows if lives}
 
 
 def _mean_column_variance(columns: Sequence[Tensor]) -> float | None:

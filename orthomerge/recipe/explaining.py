@@ -61,8 +61,9 @@ def explainable(recipe: MergeRecipe) -> Explainable:
     if own:
         observed = build_plan(replace(request, form="lora"))
     else:
-        reading = {"method": _READER, "parameters": _ONLY_READ, "norm_matched": None}
-        observed = build_plan(replace(request, **reading))
+        observed = build_plan(
+            replace(request, method=_READER, parameters=_ONLY_READ, norm_matched=None)
+        )
     notes = () if own else (_unknown(plan.method.name),)
     return Explainable(plan, observed, own, (*notes, *_left_out(observed)))
 
