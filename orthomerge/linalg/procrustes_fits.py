@@ -24,8 +24,8 @@ from orthomerge.linalg.procrustes_frames import (
     ProcrustesBase,
     dense_fit,
     qr_core_fit,
-    subspace_fit,
 )
+from orthomerge.linalg.procrustes_subspaces import subspace_fit
 from orthomerge.linalg.rotations import inverse_cayley
 
 __all__ = [
@@ -56,7 +56,7 @@ class ProcrustesFit:
         report: How the polar factor was found.
         reduction: "identity", "dense", "qr-core", "subspace" or "block".
         skew: A on the frame where it is known already.
-        rotated: W0 R, where the residual needed it.
+        rotated: W0 R, where it came with the residual.
         half: (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known.
     """
 
@@ -315,6 +315,9 @@ def _finish(
         half=None if half is None else (half[0].to(dtype), half[1].to(dtype), half[2].to(dtype)),
     )
     if found.misfit is not None:
+        if found.moved is not None and fit.frame is not None:
+            step = (found.moved.to(dtype) @ fit.frame.mT) * base.unit
+            fit = replace(fit, rotated=base.weight + step)
         return replace(fit, residual=float(frobenius(found.misfit)) * base.unit)
     rotated = fit.apply(base.weight)
     return replace(fit, residual=float(frobenius(rotated - X)), rotated=rotated)

@@ -1,7 +1,8 @@
-"""Orthogonal Procrustes in its dense form and in two exact reductions to smaller matrices.
+"""Orthogonal Procrustes in its dense form and reduced to matrices of the size of the rows.
 
-Each function solves one problem once; when to take which, and what to do when the answer has an
-angle near pi, is decided in ``procrustes_fits``.
+Each function solves one problem once; the anchored problem of a wide layer is in
+``procrustes_subspaces``. When to take which, and what to do when the answer has an angle near pi,
+is decided in ``procrustes_fits``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from orthomerge.linalg.polar_factors import PolarMethod, PolarReport, polar_at_p
 from orthomerge.linalg.polar_iterations import newton_schulz
 from orthomerge.linalg.precision import working_dtype
 
-__all__ = ["Factored", "ProcrustesBase", "dense_fit", "qr_core_fit", "subspace_fit"]
+__all__ = ["Factored", "ProcrustesBase", "dense_fit", "measured", "qr_core_fit"]
 
 _RANK = 1e-10  # of a triangular factor's diagonal: below it the rows are taken as dependent
 _MODERATE = 100.0  # norm of K up to which no angle can be near pi
@@ -101,7 +102,8 @@ class Factored:
 
     In float64, except that a dense fit of float32 data is in float32.
     ``half`` holds (h, K, a) with ``A = h K h^T + a h^T - h a^T`` where that is known, and
-    ``misfit`` is W0 R - X in an orthonormal basis of the rows' span, in units of the base.
+    ``misfit`` is W0 R - X in an orthonormal basis of the rows' span and ``moved`` is
+    W0 (R - I) S, both in units of the base.
     """
 
     frame: Tensor | None
@@ -110,6 +112,7 @@ class Factored:
     reduction: str
     half: tuple[Tensor, Tensor, Tensor] | None = None
     misfit: Tensor | None = None
+    moved: Tensor | None = None
 
 
 def dense_fit(
@@ -123,40 +126,11 @@ def dense_fit(
     if anchor == 0:
         flat = M.reshape(-1, *M.shape[-2:])
         core = torch.stack([_minimal_completion(matrix) for matrix in flat]).reshape(M.shape)
-        return Factored(None, core, _measured(core, "svd"), "dense")
+        return Factored(None, core, measured(core, "svd"), "dense")
     N = M.clone()
     N.diagonal(dim1=-2, dim2=-1).add_(anchor)
     core, report = polar_at_precision(N, method, data, out)
     return Factored(None, core, report, "dense")
-
-
-def subspace_fit(
-    base: ProcrustesBase, target: Tensor, anchor: float, method: PolarMethod, data: torch.dtype
-) -> Factored:
-    """Solve in the span of the rows of W0 and X, of dimension at most 2 o; R = I outside it."""
-    S, after = _common_frame(base, base.scaled(target))
-    L0 = base.rows[1]
-    o, k = L0.shape[0], S.shape[1]
-    M = torch.zeros(k, k, dtype=S.dtype, device=S.device)
-    M[:o] = L0 @ after  # W0 S = [L0^T, 0]
-    # The null space is settled in float64; the factor itself is as good as the data.
-    small = dense_fit(M, anchor, method, data, out=data if anchor else torch.float64)
-    misfit = L0.mT.to(small.core.dtype) @ small.core[:o] - after
-    return Factored(S, small.core, small.report, "subspace", misfit=misfit)
-
-
-def _common_frame(base: ProcrustesBase, X: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an orthonormal basis S of the rows of W0 and X that starts with W0's, and X S."""
-    V0, L0 = base.rows
-    inside = V0.mT @ X.mT
-    f, L = torch.linalg.qr(X.mT - V0 @ inside)
-    # Where the rest is nearly dependent, f is rounding noise and need not be orthogonal to V0.
-    if float(L.diagonal().abs().amin()) < 1e-8 * float(L0.abs().amax()):
-        V = torch.linalg.qr(torch.cat([V0, X.mT], dim=1))[0][:, V0.shape[1] :]
-        S = torch.cat([V0, V], dim=1)
-        return S, X @ S
-    S = torch.cat([V0, f - V0 @ (V0.mT @ f)], dim=1)
-    return S, torch.cat([inside.mT, L.mT], dim=1)
 
 
 def qr_core_fit(
@@ -237,7 +211,8 @@ def _minimal_completion(M: Tensor) -> Tensor:
     return newton_schulz(U @ Vh)
 
 
-def _measured(R: Tensor, method: str) -> PolarReport:
+def measured(R: Tensor, method: str) -> PolarReport:
+    """Return a report on an R that no other check has seen."""
     gram = R.mT @ R
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return PolarReport(method, float(frobenius(gram).max()) / math.sqrt(R.shape[-1]), 0)

@@ -16,6 +16,7 @@ from orthomerge.errors import NumericalError
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.lifting import run_nested_factors
 from orthomerge.merging.magnitudes import automatic_scale, decouple, reattach
+from orthomerge.merging.presets import resolved_preset
 from orthomerge.merging.registry import Merged
 from orthomerge.merging.stacks import Stack, balance, orthogonalise
 
@@ -30,17 +31,16 @@ _DECOUPLING = ("magnitude", "zero_columns", "cap")
 def do_merge(
     factors: Sequence[Factors],
     weights: Sequence[float],
-    settings: Mapping[str, Any],
-    **supplied: Any,
+    given: Mapping[str, Any],
 ) -> Merged:
     """Merge the updates of one module, or of a batch of equal-shaped ones.
 
     Args:
         factors: One update per adapter.
         weights: One per adapter; those at 0 are left out.
-        settings: The method's parameters, all decided.
-        **supplied: What a nested method is given beside weights.
+        given: The method's parameters, and what a nested method is supplied with.
     """
+    settings = resolved_preset(given, len(factors))
     if len(weights) != len(factors):
         raise NumericalError("one weight per adapter", expected=len(factors), found=len(weights))
     kept = [i for i, w in enumerate(weights) if w != 0] or [0]
@@ -50,7 +50,7 @@ def do_merge(
     options = {key: settings[key] for key in _SOLVER}
     stack, facts = orthogonalise(original, settings["orthogonalise"], **options)
     norms = original.norms()
-    merged, size = _combined(stack, original, settings, supplied)
+    merged, size = _combined(stack, original, settings)
     bound = (stack.weights.abs() * norms).sum(-1)
     cancelled = size <= _CANCELLED[merged.A.dtype] * bound
     size = torch.where(cancelled, 0.0, size)
@@ -63,9 +63,7 @@ def do_merge(
     return Merged(merged.scaled(scale), _plain(facts), norm=size * scale.abs())
 
 
-def _combined(
-    stack: Stack, original: Stack, settings: Mapping[str, Any], supplied: Mapping[str, Any]
-) -> tuple[Factors, Tensor]:
+def _combined(stack: Stack, original: Stack, settings: Mapping[str, Any]) -> tuple[Factors, Tensor]:
     """Return the merged update at λ = 1 and its norm."""
     turned, strength = settings["axis"] == "out", settings["decouple_strength"]
     if turned:
@@ -79,7 +77,7 @@ def _combined(
     if settings["op"] is None:
         merged = stack.sum(columns)
     else:
-        merged = _by_method(settings["op"], stack, columns, turned, supplied)
+        merged = _by_method(settings, stack, columns, turned)
     plain = decoupled is None and settings["op"] is None
     if decoupled is not None:
         merged = reattach(merged, decoupled, renormalise=settings["renormalise"])
@@ -88,18 +86,16 @@ def _combined(
 
 
 def _by_method(
-    op: Mapping[str, Any],
-    stack: Stack,
-    columns: Tensor | None,
-    turned: bool,
-    supplied: Mapping[str, Any],
+    settings: Mapping[str, Any], stack: Stack, columns: Tensor | None, turned: bool
 ) -> Factors:
     """Merge by another method, which sees the updates the right way round."""
     live = (stack.weights != 0).reshape(-1, len(stack.ranks)).any(0).tolist()
     given = [*zip(stack.parts(columns), stack.given, strict=True)]
     given = [both for both, lives in zip(given, live, strict=True) if lives] or given
     parts = [part.turned() if turned else part for part, _ in given]
-    merged = run_nested_factors(op, parts, weights=[w for _, w in given], **supplied)
+    supplied = {key: settings[key] for key in ("survey", "draws")}
+    weights = [w for _, w in given]
+    merged = run_nested_factors(settings["op"], parts, weights=weights, **supplied)
     return merged.turned() if turned else merged
 
 

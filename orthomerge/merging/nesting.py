@@ -37,8 +37,8 @@ def nested_method(
     if isinstance(value, str):
         value = {"method": value}
     method = get_method(value["method"])
-    legal = [name for name, known in all_methods().items() if _fits(known, space)]
-    if method.name not in legal:
+    if not _fits(method, space):
+        legal = [name for name, known in all_methods().items() if _fits(known, space)]
         what = "task vectors" if space is Space.DELTA else "low-rank factors"
         raise RecipeError(
             f"parameter '{parameter}' needs a method that merges {what}",

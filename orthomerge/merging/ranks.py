@@ -89,25 +89,52 @@ def _energy_rank(values: Sequence[float], share: float) -> int:
 def _budget_ranks(
     spectra: Mapping[str, Sequence[float]], costs: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """Spend the parameters where they keep the most energy each, one rank at a time."""
-    ranks = dict.fromkeys(spectra, 1)
-    spent = sum(costs[name] for name in ranks)
-    if spent > budget:
+    """Spend the parameters where they keep the most energy each, one rank at a time.
+
+    An expensive module may find no room after cheap ones, so this also starts from the largest
+    rank that all modules can have; the choice that keeps more is returned.
+    """
+    least = sum(costs[name] for name in spectra)
+    if least > budget:
         raise RecipeError(
             "so few parameters do not give every module rank 1",
-            expected=f"parameters:{spent} or more",
+            expected=f"parameters:{least} or more",
             found=f"parameters:{budget}",
         )
-    # Values descend within a module, so the best next rank is always on top of the heap.
-    heap = [(-(s[1] ** 2) / costs[n], n) for n, s in spectra.items() if len(s) > 1 and s[1] > 0]
-    heapq.heapify(heap)
-    while heap:
-        _, name = heapq.heappop(heap)
-        if spent + costs[name] > budget:
-            continue
-        spent += costs[name]
-        ranks[name] += 1
+    starts = [dict.fromkeys(spectra, 1)]
+    for rank in range(2, max((len(values) for values in spectra.values()), default=1) + 1):
+        even = {name: min(rank, max(1, len(values))) for name, values in spectra.items()}
+        if sum(costs[name] * r for name, r in even.items()) <= budget:
+            starts = [starts[0], even]
+    filled = [_filled(start, spectra, costs, budget) for start in starts]
+    return max(filled, key=lambda ranks: _energy(ranks, spectra))
+
+
+def _filled(
+    ranks: Mapping[str, int],
+    spectra: Mapping[str, Sequence[float]],
+    costs: Mapping[str, int],
+    budget: int,
+) -> dict[str, int]:
+    """Return the ranks with what is left of the budget spent, the best rank per parameter first."""
+    ranks, spent = dict(ranks), sum(costs[name] * rank for name, rank in ranks.items())
+    heap: list[tuple[float, str]] = []
+
+    def push(name: str) -> None:
         values = spectra[name]
         if ranks[name] < len(values) and values[ranks[name]] > 0:
             heapq.heappush(heap, (-(values[ranks[name]] ** 2) / costs[name], name))
+
+    for name in ranks:
+        push(name)
+    while heap:  # values descend within a module, so its best next rank is always in the heap
+        _, name = heapq.heappop(heap)
+        if spent + costs[name] <= budget:
+            spent += costs[name]
+            ranks[name] += 1
+            push(name)
     return ranks
+
+
+def _energy(ranks: Mapping[str, int], spectra: Mapping[str, Sequence[float]]) -> float:
+    return sum(value**2 for name, rank in ranks.items() for value in spectra[name][:rank])

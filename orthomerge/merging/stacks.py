@@ -291,7 +291,7 @@ def _require_finite(squares: Tensor, ranks: Sequence[int]) -> None:
     if bool(torch.isfinite(squares).all()):
         return
     bad = (~torch.isfinite(squares)).reshape(-1, squares.shape[-1]).any(0)
-    adapters = block_owners(ranks, squares.device)[bad].unique().tolist()
+    adapters = sorted(set(block_owners(ranks, squares.device)[bad].tolist()))
     raise NumericalError(
         "an adapter's factors are not finite",
         found=f"adapter {', '.join(str(at + 1) for at in adapters)}",

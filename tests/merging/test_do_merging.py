@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import Factors
+from orthomerge.merging.magnitudes import mean_magnitude
 from orthomerge.merging.methods.do_merging import do_merging
 from orthomerge.merging.nesting import nested_method
 from orthomerge.merging.presets import PRESETS, resolved_preset
@@ -235,6 +236,15 @@ def test_a_loud_update_no_longer_drowns_the_others() -> None:
     assert least["sum"] < 0.1
     assert least["decoupled"] > 0.3
     assert least["both"] > 0.3
+
+
+@pytest.mark.parametrize(
+    ("weights", "wanted"), [([1, 1, 1, 1], 3.5), ([1, 1, 1, 0], 2.0), ([3, 1, 1, 1], 1.5)]
+)
+def test_the_median_of_an_even_number_lies_between_the_middle_two(weights, wanted) -> None:
+    alpha = torch.tensor([[1.0], [2.0], [5.0], [9.0]])
+    found = mean_magnitude(alpha, torch.tensor(weights)[:, None].float(), "median")
+    assert float(found) == pytest.approx(wanted)
 
 
 # Laws.
@@ -572,4 +582,7 @@ def test_the_nested_method_sees_directions_and_magnitudes_go_back_on(axis) -> No
     wanted, _ = merge(pairs, weights, **options)
     close(merge(pairs, weights, op=op, **options)[0], wanted, 1e-10)
     zero = (np.zeros((14, 1)), np.ones((1, 12)))
+    mean = {"method": "task-arithmetic", "normalize": True}  # in which an adapter too many shows
+    op, options = nested_method("op", mean, Space.FACTORS), {**options, "scale": 1.0}
+    wanted, _ = merge(pairs, weights, op=op, **options)
     close(merge([*pairs, zero], [*weights, 1.0], op=op, **options)[0], wanted, 1e-10)

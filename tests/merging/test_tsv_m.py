@@ -125,11 +125,27 @@ def test_more_models_than_directions() -> None:
     np.testing.assert_allclose(merged(base, experts), wanted, atol=1e-12)
 
 
-def test_zero_change_contributes_nothing_but_counts() -> None:
+def test_zero_change_contributes_nothing_and_takes_no_room() -> None:
     base, (W, _) = models(8, 8, count=2)
-    U, s, Vh = np.linalg.svd(W - base)
-    wanted = base + (U[:, :4] * s[:4]) @ Vh[:4]
-    np.testing.assert_allclose(merged(base, [W, base]), wanted, atol=1e-10)
+    np.testing.assert_allclose(merged(base, [W, base]), W, atol=1e-10)
+
+
+@pytest.mark.parametrize("ranks", [(1, 6), (3, 4), (7, 2), (4, 4)])
+def test_changes_of_low_rank_keep_all_directions_where_there_is_room(ranks) -> None:
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((9, 7))
+    deltas = [rng.standard_normal((9, r)) @ rng.standard_normal((r, 7)) for r in ranks]
+    kept = ranks if sum(ranks) <= 7 else (3, 3)
+    left, values, right = [], [], []
+    for D, r in zip(deltas, kept, strict=True):
+        U, s, Vh = np.linalg.svd(D)
+        r = min(r, np.linalg.matrix_rank(D))
+        left.append(U[:, :r])
+        values.append(s[:r])
+        right.append(Vh[:r].T)
+    U, V = polar(np.concatenate(left, 1)), polar(np.concatenate(right, 1))
+    wanted = base + (U * np.concatenate(values)) @ V.T
+    np.testing.assert_allclose(merged(base, [base + D for D in deltas]), wanted, atol=1e-6)
 
 
 def test_no_change_at_all_is_the_base_bit_for_bit() -> None:

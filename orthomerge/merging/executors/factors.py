@@ -98,7 +98,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
-            _measure(module, result, own, context)
+            _measure(task, result, own, context)
             if context.observe is not None:
                 context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
@@ -158,14 +158,15 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
 
 
 def _measure(
-    module: JoinedLora, merged: Factors, sources: Sequence[Factors], context: Context
+    task: Task, merged: Factors, sources: Sequence[Factors], context: Context
 ) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
         total = concatenated(sources).norm().item()
         context.norms.add_squares(merged.norm().item() ** 2, total**2)
     if context.spectra is not None:
-        context.spectra[module.name] = singular_values(merged).tolist()
+        module = next(name for name in task.models if name)  # with a base, not the task's name
+        context.spectra[module] = singular_values(merged).tolist()
 
 
 def _observed(

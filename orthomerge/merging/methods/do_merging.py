@@ -51,20 +51,17 @@ def do_merging(
 ) -> Merged:
     """Make updates orthogonal to each other, merge magnitudes and directions apart.
 
-    ``D_i = B_i A_i``; B_i and A_i become the least overlapping; ``D_i = W_i diag(α_i^p)`` with α_i
-    the column norms; ``D = λ F(W_1 … W_N) diag(ᾱ^p)``, F the weighted sum, ᾱ the mean magnitude.
-    At the defaults, and where no side is one shared frame, this is TSV-M with all singular values.
+    B_i and A_i lose overlap; ``B_i A_i = W_i diag(α_i^p)``, α_i the column norms; ``D = λ F(W_1 …
+    W_N) diag(ᾱ^p)``, F the weighted sum. At the defaults: TSV-M with all singular values.
 
     Args:
         factors: B_i [o, r_i], A_i [r_i, n], one update per model.
-        weights: w_i, of either sign; magnitudes are merged with \\|w_i\\|.
+        weights: w_i, of either sign; only its size counts for ᾱ.
         survey: Of the whole model, for F.
         draws: Random numbers, for F.
-        preset: Decides what is null: robust (lowdin, balanced, no decoupling), or paper (gd with
-            γ = 1 on stored factors, full decoupling; settings that the paper leaves open inferred).
+        preset: Decides what is null: robust, or paper, where what it leaves open is inferred.
         orthogonalise: Closed form lowdin, or ridge; lbfgs, gd or adam minimise the overlap; none.
-        target: Which factors; auto spares a side that all adapters share (mean principal cosine
-            above 0.9), unless they share both.
+        target: Which side; auto spares one that all share (mean principal cosine above 0.9).
         strength: t of lowdin: 0 leaves all as it is, 1 leaves no overlap.
         gamma: γ of lbfgs, gd, adam and ridge: the cost of moving away from the adapters.
         gauge: balanced splits each update's singular values evenly over B and A first.
@@ -81,17 +78,10 @@ def do_merging(
         op: F, another method for low-rank factors with its parameters; null is the weighted sum.
         scale: λ, or auto: the mean norm of the updates, with λ in [1/N, 2].
 
-    Returns:
-        The merged factors of rank Σ r_i; λ, overlap before and after and drift of each side, and
-        the ratio of the largest update to the smallest.
-
     References:
         Decouple and Orthogonalize, arXiv:2505.15875; lowdin: Gargiulo et al., arXiv:2412.00081.
     """
+    given = dict(locals())
     from orthomerge.merging.decorrelating import do_merge
 
-    supplied = {"survey": survey, "draws": draws}
-    settings = resolved_preset(
-        {k: v for k, v in locals().items() if k not in ("factors", "weights", "supplied")}, 0
-    )
-    return do_merge(factors, weights, settings, **supplied)
+    return do_merge(given.pop("factors"), given.pop("weights"), given)
