@@ -112,6 +112,8 @@ def merged_scales(
         facts: What the method measured: its scale where that was left to it.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
+    if all(own is None for own in scales):
+        return None
     given = facts.get("scale", parameters.get("scale", 1.0))
     strength = factor * float(given)
     if parameters.get("normalize"):
