@@ -1,4 +1,4 @@
-"""Two programs that a merge can be compared with: copy the bytes, and average in the plain way.
+"""Programs that a merge can be compared with: move the bytes, and average in the plain way.
 
 Each runs as a process of its own, makes its output durable as orthomerge does (files, rename,
 folder), and does nothing else: no checks, no hashes, no resuming.
@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-__all__ = ["average", "copy", "publish"]
+__all__ = ["average", "copy", "publish", "traffic"]
 
 _BLOCK_BYTES = 1 << 20
 
@@ -50,6 +50,20 @@ def average(inputs: list[Path], output: Path) -> None:
     publish(partial, output)
 
 
+def traffic(inputs: list[Path], output: Path, nbytes: int) -> None:
+    """Read every byte of all inputs and write a file of another size."""
+    partial = _start(output)
+    buffer = memoryview(bytearray(_BLOCK_BYTES))
+    for path in sorted(path for folder in inputs for path in folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+    with (partial / "adapter_model.safetensors").open("wb", buffering=0) as target:
+        for start in range(0, nbytes, _BLOCK_BYTES):
+            target.write(buffer[: min(_BLOCK_BYTES, nbytes - start)])
+    publish(partial, output)
+
+
 def _start(output: Path) -> Path:
     partial = output.with_name(output.name + ".partial")
     partial.mkdir(parents=True)
@@ -75,10 +89,14 @@ def _fsync(path: Path) -> None:
 def main() -> None:
     """Run as a program."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("floor", choices=("copy", "average"))
+    parser.add_argument("floor", choices=("copy", "average", "traffic"))
     parser.add_argument("inputs", type=Path, nargs="+", help="folders with equally cut files")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--bytes", type=int, help="size of the output of traffic")
     options = parser.parse_args()
+    if options.floor == "traffic":
+        traffic(options.inputs, options.output, options.bytes)
+        return
     {"copy": copy, "average": average}[options.floor](options.inputs, options.output)
 
 
