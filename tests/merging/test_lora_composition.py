@@ -9,7 +9,7 @@ import torch
 from orthomerge.adapters.memory import AdapterState
 from orthomerge.errors import RecipeError, UnknownNameError
 from orthomerge.linalg.factors import Factors
-from orthomerge.merging.lifting import run_nested_factors
+from orthomerge.merging.lora.lifting import run_nested_factors
 from orthomerge.merging.methods.norm_cap import norm_cap
 from orthomerge.merging.methods.pico import pico
 from orthomerge.merging.plan import MergeRequest

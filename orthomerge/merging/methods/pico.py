@@ -62,8 +62,8 @@ def pico(
                 [0., 0.]])
     """
     from orthomerge.linalg.factors import balanced
-    from orthomerge.merging.calibration import damped_outputs
-    from orthomerge.merging.lifting import run_nested_factors
+    from orthomerge.merging.lora.calibration import damped_outputs
+    from orthomerge.merging.lora.lifting import run_nested_factors
 
     if gauge == "balanced":
         factors = [balanced(factor) if factor.rank else factor for factor in factors]
