@@ -219,7 +219,7 @@ def _write_adapter(
     scales: Tensor | None,
     context: Context,
 ) -> tuple[Factors, dict[str, Any]]:
-    """Bring the product to its rank and write it; return what was written, kept and lost."""
+    """Bring the product to its rank and write it; return what was written, and facts of it."""
     assert context.plan.lora is not None
     kept, facts = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
@@ -242,7 +242,8 @@ def _write_adapter(
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
-    return stored, facts
+    dtype = torch_dtype(task.info.dtype)
+    return Factors(*(X.to(dtype).to(context.compute) for X in (stored.B, stored.A))), facts
 
 
 def _reduced(merged: Factors, rank: int, size: float | None) -> tuple[Factors, dict[str, Any]]:
