@@ -55,7 +55,7 @@ class BaseWeight:
         rows, *rest = self.checkpoint.tensors[task.base].shape
         self.rows, self.columns = rows, math.prod(rest)
         first = next(update for update in module_updates(task, context) if update is not None)
-        self.turned = first.transposed or first.module.kind == "embedding"
+        self.turned = first.turned
         self._context = context
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:

@@ -12,7 +12,7 @@ from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import Task
 from orthomerge.merging.planning.draft import Draft
-from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.memory import base_bytes, factors_bytes
 from orthomerge.merging.planning.model_scope import check_factored
 from orthomerge.merging.planning.views import View
 from orthomerge.merging.registry import MergeMethod
@@ -39,11 +39,13 @@ def factored_task(task: Task, method: MergeMethod, views: Sequence[View], draft:
     if any(parts):
         joined = JoinedLora(task.base, parts)
         check_factored(method, task, joined, draft)
+        dora = joined.dora and any(isinstance(u, LoraUpdate) and u.turned for u in updates)
+        peak = factors_bytes(joined, method, task.parameters, draft.compute_dtype)
         return replace(
             task,
             kind="factors",
             models=tuple(part.name if part else None for part in parts),
-            peak_bytes=factors_bytes(joined, method, draft.compute_dtype) + task.peak_bytes,
+            peak_bytes=peak + base_bytes(task.info, draft, turned=dora),
         )
     replaced = [task.base in change.replacements for change in changes]
     models = tuple(

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.errors import RecipeError
-from orthomerge.merging.lora.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora.frames import coordinate_shape, lift_of
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task
 from orthomerge.merging.planning.draft import Draft
@@ -71,8 +72,10 @@ def check_factored(method: MergeMethod, task: Task, module: JoinedLora, draft: D
     if unfit:
         remedy = "Use a method that takes any ranks: task-arithmetic."
         draft.report_once(RecipeError(unfit, tensor=module.name, remedy=remedy))
-    draft.surveyed_entries[task.name] = coordinate_entries(
-        module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+    draft.surveyed_entries[task.name] = math.prod(
+        coordinate_shape(
+            module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+        )
     )
 
 
