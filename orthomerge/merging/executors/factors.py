@@ -204,7 +204,7 @@ def _write(
         details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item() if size is None else size
     else:
-        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, facts, context)
         details["written_sketch"] = sketch(stored).tolist()
         facts = {**facts, **kept}
     return {**details, "facts": facts}
@@ -217,17 +217,18 @@ def _write_adapter(
     merged: Factors,
     size: float | None,
     scales: Tensor | None,
+    facts: Mapping[str, Any],
     context: Context,
 ) -> tuple[Factors, dict[str, Any]]:
     """Bring the product to its rank and write it; return what was written, and facts of it."""
     assert context.plan.lora is not None
-    kept, facts = _reduced(merged, task.info.shape[0], size)
+    kept, lost = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
     if context.plan.lora.dora:
         assert inputs.base is not None
         kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, inputs, context)
+        bias = _bias(task, module, inputs, facts, context)
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
@@ -243,7 +244,7 @@ def _write_adapter(
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
     dtype = torch_dtype(task.info.dtype)
-    return Factors(*(X.to(dtype).to(context.compute) for X in (stored.B, stored.A))), facts
+    return Factors(*(X.to(dtype).to(context.compute) for X in (stored.B, stored.A))), lost
 
 
 def _reduced(merged: Factors, rank: int, size: float | None) -> tuple[Factors, dict[str, Any]]:
@@ -272,7 +273,13 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
+def _bias(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    facts: Mapping[str, Any],
+    context: Context,
+) -> Tensor:
     """Return the change of the bias, merged as the method merges a full model's biases."""
     adapters, vectors = _adapters(context), []
     for at in inputs.positions:
@@ -281,7 +288,12 @@ def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context
         vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
     draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
     merged = merge_vectors(
-        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+        context.plan.method,
+        vectors,
+        weights=inputs.weights,
+        draws=draws,
+        measured=facts.get("scale"),
+        **task.parameters,
     )
     return merged * context.factor
 

@@ -20,6 +20,7 @@ from orthomerge.checkpoints.digest import hash_tensor
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.executors.context import Context
+from orthomerge.merging.lora.strengths import update_strength
 from orthomerge.merging.plan import Task
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.streams import TensorReader
@@ -103,27 +104,21 @@ def merged_scales(
     facts: Mapping[str, Any],
     factor: float,
 ) -> Tensor | None:
-    """Merge the diagonals of DoRA modules: ``D = I + λ Σ w_i (D_i - I)``; None for I.
-
-    λ is the method's scale, divided by the sum of the weights if the method does so, and by that of
-    their sizes if it averages what agrees.
+    """Merge the diagonals of DoRA modules: ``D = I + c Σ w_i (D_i - I)``; None for I.
 
     Args:
         method: The method.
         scales: D_i, one per model; None for a model without magnitudes here.
         weights: w_i.
-        parameters: The method's.
+        parameters: The method's; with the weights they make c, see ``update_strength``.
         facts: What the method measured: its scale where that was left to it.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
     if not any(own is not None for own in scales):
         return None
-    given = facts.get("scale", parameters.get("scale", 1.0))
-    strength = factor * float(given)
-    if method.needs_weight_sum(parameters):
-        strength /= sum(weights)
-    elif parameters.get("normalize"):
-        strength /= sum(map(abs, weights)) or 1.0
+    given = update_strength(method, parameters, weights, measured=facts.get("scale"))
+    assert given is not None  # the plan has refused what leaves it open
+    strength = factor * given
     merged: Tensor | None = None
     for own, weight in zip(scales, weights, strict=True):
         if own is not None:

@@ -16,6 +16,7 @@ from orthomerge.errors import RecipeError
 from orthomerge.linalg.factors import Factors, balanced
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.lora.frames import Lift
+from orthomerge.merging.lora.strengths import update_strength
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged, MergeMethod, get_method
 from orthomerge.merging.spaces import Space
@@ -182,22 +183,27 @@ def merge_vectors(
     *,
     weights: Sequence[float],
     draws: Any = None,
+    measured: float | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge vectors that go along with factors, biases, as the method merges a full model's.
 
-    Methods of low-rank factors know no vectors: theirs are ``Σ w_i v_i``.
+    Methods of low-rank factors know no vectors: theirs are ``c Σ w_i v_i``, see
+    ``update_strength``.
 
     Args:
         method: The method that merged the factors.
         vectors: v_i, one per model.
         weights: One per model.
         draws: Random numbers.
+        measured: The method's λ, where that was left to it.
         **parameters: The method's.
     """
     zero = torch.zeros_like(vectors[0])
     if method.space is Space.FACTORS:
-        return sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
+        strength = update_strength(method, parameters, weights, measured=measured)
+        assert strength is not None  # the plan has refused what leaves it open
+        return strength * sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
     if method.space is Space.WEIGHT:
         merged: Tensor = method.call(vectors, weights=weights, **parameters).tensor
         return merged

@@ -209,7 +209,7 @@ def _draft_task(
         read_bytes=read,
     )
     if method.space is Space.FACTORS:
-        task = factored_task(task, method, views, draft)
+        task = factored_task(request, task, method, views, draft)
     return [task]
 
 

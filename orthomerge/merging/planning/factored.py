@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orthomerge.adapters.lora_updates import LoraUpdate
+from orthomerge.errors import RecipeError
 from orthomerge.merging.lora.modules import JoinedLora
-from orthomerge.merging.plan import Task
-from orthomerge.merging.planning.draft import Draft
+from orthomerge.merging.lora.strengths import update_strength
+from orthomerge.merging.plan import MergeRequest, Task
+from orthomerge.merging.planning.draft import Draft, Settings, weight_sum_problem
 from orthomerge.merging.planning.memory import base_bytes, factors_bytes
 from orthomerge.merging.planning.model_scope import check_factored
 from orthomerge.merging.planning.views import View
@@ -22,10 +24,13 @@ __all__ = ["factored_task"]
 _SUM = "task-arithmetic"
 
 
-def factored_task(task: Task, method: MergeMethod, views: Sequence[View], draft: Draft) -> Task:
+def factored_task(
+    request: MergeRequest, task: Task, method: MergeMethod, views: Sequence[View], draft: Draft
+) -> Task:
     """Return the task of one tensor for a method of low-rank factors.
 
     Args:
+        request: What was asked.
         task: The tensor's task for a method of task vectors.
         method: The method.
         views: The adapters as full models.
@@ -52,5 +57,25 @@ def factored_task(task: Task, method: MergeMethod, views: Sequence[View], draft:
         name if here or not any(replaced) else None
         for name, here in zip(task.models, replaced, strict=True)
     )
-    sum_or_mean = {"scale": 1.0, "normalize": any(replaced)}
-    return replace(task, method=_SUM, parameters=sum_or_mean, models=models)
+    parameters = {"scale": 1.0, "normalize": True}
+    if not any(replaced):
+        zero = request.absent == "zero"
+        present = [zero or update is not None for update in updates]
+        parameters = {"scale": _strength(task, method, present, draft), "normalize": False}
+    return replace(task, method=_SUM, parameters=parameters, models=models)
+
+
+def _strength(task: Task, method: MergeMethod, present: Sequence[bool], draft: Draft) -> float:
+    """Return by what the sum of biases is multiplied, so that it follows the weights."""
+    settings = Settings(task.weights, task.parameters)
+    problem = weight_sum_problem(method, settings, present, task.name)
+    weights = [w for w, here in zip(task.weights, present, strict=True) if here]
+    strength = None if problem else update_strength(method, task.parameters, weights)
+    if strength is None:
+        problem = problem or RecipeError(
+            "biases need the method's scale, which it finds from a module's factors",
+            tensor=task.name,
+            remedy="Give it a number for its scale, or write an adapter: --as lora.",
+        )
+        draft.report_once(problem)
+    return strength or 0.0

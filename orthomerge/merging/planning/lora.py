@@ -178,7 +178,8 @@ def _factors_task(
     settings = resolve_settings(request, method, module.name, layers)
     present = [part is not None or request.absent == "zero" for part in module.parts]
     problem = weight_sum_problem(method, settings, present, module.name)
-    draft.problems += [problem] if problem else []
+    if problem:
+        draft.report_once(problem)
     info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
     # A nested method sees one module at a time, with random numbers of its own.
     alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
