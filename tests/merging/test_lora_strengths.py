@@ -122,3 +122,21 @@ def test_weights_that_cancel_are_refused_for_a_mean_inside(outer) -> None:
 def test_settings_that_make_no_probabilities_are_refused_in_the_plan(settings) -> None:
     with pytest.raises(OrthoMergeError, match="must be probabilities"):
         plan([adapter(1, 2), adapter(2, 2)], **settings)
+
+
+@pytest.mark.parametrize("outer", ["do-merging", "knots", "core", "pico", "norm-cap"])
+def test_a_model_that_takes_no_part_leaves_the_others_their_random_numbers(outer) -> None:
+    first, second, third = (adapter(seed, 2) for seed in (1, 2, 3))
+    settings = {"method": outer, "op": "dare"}
+    three = orthomerge.merge([first, second, third], weights=[1.0, 0.0, 1.0], **settings).adapter
+    two = orthomerge.merge([first, third], **settings).adapter
+    torch.testing.assert_close(product(three), product(two), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("outer", ["do-merging", "pico", "norm-cap"])
+def test_a_change_of_zero_counts_in_a_mean(outer) -> None:
+    """As it does in a mean of full weights."""
+    nothing = adapter(2, 2)
+    nothing.tensors[f"{KEY}.lora_B.weight"].zero_()
+    merged = orthomerge.merge([adapter(1, 2), nothing], method=outer, op="linear").adapter
+    torch.testing.assert_close(product(merged), product(adapter(1, 2)) / 2, rtol=0, atol=1e-12)

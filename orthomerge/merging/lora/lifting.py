@@ -216,7 +216,6 @@ def run_nested_factors(
     factors: Sequence[Factors],
     *,
     weights: Sequence[float],
-    survey: Any = None,
     draws: Any = None,
 ) -> Factors:
     """Merge factors with the method a nested parameter names; a batch is taken item by item.
@@ -225,13 +224,12 @@ def run_nested_factors(
         choice: The nested parameter's value; what it leaves open has its default.
         factors: One per model, of one module or with one leading axis of modules.
         weights: One per model.
-        survey: The method's survey of the whole model; None to look at these factors alone.
         draws: Random numbers.
     """
     choice = nested_method("op", choice, Space.FACTORS)
     method = get_method(choice["method"])
     given = {key: item for key, item in choice.items() if key != "method"}
-    arguments = {"weights": weights, "survey": survey, "draws": draws, **given}
+    arguments = {"weights": weights, "draws": draws, **given}
     if factors[0].B.ndim == 2 or method.batched:
         return _product(merge_factors(method, factors, **arguments))
     parts = [
