@@ -140,3 +140,20 @@ def test_a_change_of_zero_counts_in_a_mean(outer) -> None:
     nothing.tensors[f"{KEY}.lora_B.weight"].zero_()
     merged = orthomerge.merge([adapter(1, 2), nothing], method=outer, op="linear").adapter
     torch.testing.assert_close(product(merged), product(adapter(1, 2)) / 2, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("form", ["full", "dora"])
+def test_a_norm_matched_strength_counts_what_magnitudes_do(form, turned) -> None:
+    """Also of layers that store the transposed weight."""
+    adapters = [adapter(1, 2, dora=True), adapter(2, 3, dora=True)]
+    for one in adapters:
+        one.config["fan_in_fan_out"] = turned
+    base = {"l.q.weight": W0.T.contiguous() if turned else W0}
+    size = sum(weight_change(one) for one in adapters).norm()
+    merged = orthomerge.merge(adapters, base=base, norm_matched=0.5, output_settings={"form": form})
+    if form == "full":
+        found = merged.tensors["l.q.weight"] - base["l.q.weight"]
+    else:
+        found = weight_change(merged.adapter)
+    torch.testing.assert_close(found.norm(), 0.5 * size, rtol=1e-9, atol=0)

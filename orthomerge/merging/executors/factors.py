@@ -29,6 +29,7 @@ from orthomerge.linalg.sketching import sketch
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.onto_base import (
     BaseWeight,
+    change_norm,
     merged_scales,
     module_updates,
     own_scales,
@@ -98,7 +99,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
-            _measure(task, result, own, context)
+            _measure(task, result, own, inputs, facts, context)
             if context.observe is not None:
                 context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
@@ -157,11 +158,23 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
 
 
-def _measure(task: Task, merged: Factors, sources: Sequence[Factors], context: Context) -> None:
+def _measure(
+    task: Task,
+    merged: Factors,
+    own: Sequence[Factors],
+    inputs: FactorInputs,
+    facts: Mapping[str, Any],
+    context: Context,
+) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
-        total = concatenated(sources).norm().item()
-        context.norms.add_squares(merged.norm().item() ** 2, total**2)
+        method, scales, base = context.plan.method, inputs.scales, inputs.base
+        D = merged_scales(method, scales, inputs.weights, task.parameters, facts, 1.0)
+        update = change_norm(base, merged, D)
+        moved = [diagonal - 1 for diagonal in scales if diagonal is not None]
+        together = 1 + sum(moved[1:], moved[0]) if moved else None
+        total = change_norm(base, concatenated(own), together)
+        context.norms.add_squares(update**2, total**2)
     if context.spectra is not None:
         module = next(name for name in task.models if name)  # with a base, not the task's name
         context.spectra[module] = singular_values(merged).tolist()

@@ -27,6 +27,7 @@ from orthomerge.merging.streams import TensorReader
 
 __all__ = [
     "BaseWeight",
+    "change_norm",
     "merged_scales",
     "module_updates",
     "own_scales",
@@ -61,7 +62,7 @@ class BaseWeight:
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows) as stored, checked to be finite; a block lives until the next."""
-        step = max(1, self._context.plan.piece_elements // max(1, self.columns))
+        step = self._step(self.columns)
         reader = self._reader(step)
         for row in range(0, self.rows, step):
             self._context.check_stop()
@@ -72,13 +73,17 @@ class BaseWeight:
         """Yield the weight as [o, n] in blocks of rows: one row per output feature."""
         if self.turned:
             whole = self._reader(self.rows).piece(0, self.rows * self.columns)
-            yield whole.reshape(self.rows, self.columns).mT
+            yield from whole.reshape(self.rows, self.columns).mT.split(self._step(self.rows))
         else:
             yield from (block for _, block in self.blocks())
 
     def digest(self) -> str:
         """Return the digest of the stored bytes."""
         return hash_tensor(self.checkpoint, self.name)
+
+    def _step(self, width: int) -> int:
+        """Return how many rows of this width are worked on at a time."""
+        return max(1, self._context.plan.piece_elements // max(1, width))
 
     def _reader(self, rows: int) -> TensorReader:
         return self._context.reader(
@@ -127,6 +132,25 @@ def merged_scales(
     return merged
 
 
+def change_norm(base: BaseWeight | None, change: Factors, scales: Tensor | None) -> float:
+    """Return ``||(D - I) W_0 + B A||_F``, with no dense change in memory.
+
+    Args:
+        base: W_0; not read without scales.
+        change: B A.
+        scales: The diagonal of D [o]; None for the identity.
+    """
+    if scales is None or base is None:
+        return change.norm().item()
+    square, row = 0.0, 0
+    for block in base.features():
+        here = slice(row, row + len(block))
+        by = (scales[here] - 1).to(block)[:, None]
+        square += _squared_norm(by * block + change.B[here] @ change.A)
+        row += len(block)
+    return math.sqrt(square)
+
+
 def write_weight(
     task: Task, context: Context, base: BaseWeight, change: Factors, scales: Tensor | None
 ) -> float:
@@ -153,5 +177,5 @@ def write_weight(
 
 def _squared_norm(values: Tensor) -> float:
     """Return the sum of squares, in fp64."""
-    norm: float = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
+    norm: float = torch.linalg.vector_norm(values, dtype=torch.float64).item()
     return norm**2

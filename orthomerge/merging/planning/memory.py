@@ -74,7 +74,7 @@ def base_bytes(weight: TensorInfo, draft: Draft, *, turned: bool) -> int:
         draft: The plan in the making.
         turned: Its columns are the output features: DoRA's norms need it whole.
     """
-    whole = weight.numel * (ITEM_SIZES[weight.dtype] + 3 * ITEM_SIZES[draft.compute_dtype])
+    whole = weight.numel * (ITEM_SIZES[weight.dtype] + 2 * ITEM_SIZES[draft.compute_dtype])
     pieces = 16 * _CORE * draft.piece_elements
     return whole + pieces if turned else min(whole, pieces)
 
