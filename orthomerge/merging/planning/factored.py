@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from orthomerge.adapters.lora import LoraModule
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.errors import RecipeError
 from orthomerge.merging.lora.modules import JoinedLora
@@ -19,7 +20,7 @@ from orthomerge.merging.planning.model_scope import check_factored
 from orthomerge.merging.planning.views import View
 from orthomerge.merging.registry import MergeMethod
 
-__all__ = ["factored_task"]
+__all__ = ["factored_task", "joined_updates"]
 
 _SUM = "task-arithmetic"
 
@@ -40,7 +41,7 @@ def factored_task(
         return task
     changes = [view.changes for view in views if view.changes is not None]
     updates = [change.updates.get(task.base) for change in changes]
-    parts = tuple(update.module if isinstance(update, LoraUpdate) else None for update in updates)
+    parts = tuple(map(_module, updates))
     if any(parts):
         joined = JoinedLora(task.base, parts)
         check_factored(method, task, joined, draft)
@@ -63,6 +64,20 @@ def factored_task(
         present = [zero or update is not None for update in updates]
         parameters = {"scale": _strength(task, method, present, draft), "normalize": False}
     return replace(task, method=_SUM, parameters=parameters, models=models)
+
+
+def joined_updates(views: Sequence[View]) -> dict[str, JoinedLora]:
+    """Return the modules of all adapters by the name of the base's weight."""
+    changes = [view.changes.updates for view in views if view.changes is not None]
+    return {
+        name: JoinedLora(name, tuple(_module(own.get(name)) for own in changes))
+        for name in dict.fromkeys(name for own in changes for name in own)
+        if any(_module(own.get(name)) for own in changes)
+    }
+
+
+def _module(update: object) -> LoraModule | None:
+    return update.module if isinstance(update, LoraUpdate) else None
 
 
 def _strength(task: Task, method: MergeMethod, present: Sequence[bool], draft: Draft) -> float:
