@@ -125,7 +125,7 @@ def orthogonalise_stack(
         normalise: Divide W by the root mean square of its rows first, so that γ has no unit.
         steps: Most steps of gd and lbfgs.
         tolerance: Gradient relative to 1 + L at which they stop.
-        null: Eigenvalues up to here, relative to the largest, are rounding and left out by lowdin.
+        null: Eigenvalues up to here, relative to the largest, are rounding and left out.
         rate: A fixed step of gd instead of its line search.
         whitened: What ``whitened_stack`` made of G, if that is known.
 
@@ -148,9 +148,11 @@ def orthogonalise_stack(
     elif solver == "ridge":
         C = _ridge(N, sizes, gamma)
     elif solver == "gd":
-        C, taken = descend_gd(N, sizes, gamma, steps=steps, tolerance=tolerance, rate=rate)
+        C, taken = descend_gd(
+            N, sizes, gamma, steps=steps, tolerance=tolerance, null=null, rate=rate
+        )
     else:
-        C, taken = descend_lbfgs(N, sizes, gamma, steps=steps, tolerance=tolerance)
+        C, taken = descend_lbfgs(N, sizes, gamma, steps=steps, tolerance=tolerance, null=null)
     return _reported(C, G, sizes, taken)
 
 

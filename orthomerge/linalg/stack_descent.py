@@ -24,18 +24,32 @@ _SETTLED = 1e-3  # a relative change of the loss below this times the tolerance 
 
 @dataclass(frozen=True, slots=True)
 class _Objective:
-    """``L(C) = ||off(V V^T)||^2 + γ ||V - W||^2`` of V = C W, known through ``G = W W^T``."""
+    """``L(C) = ||off(V V^T)||^2 + γ ||V - W||^2`` of V = C W, known through ``G = W W^T``.
+
+    ``onto`` is a P with ``P W = W``: where rows depend on each other, L does not tell C from
+    ``C P``, and without it C would grow in directions that only rounding can see.
+    """
 
     G: Tensor
     off: Tensor
     gamma: float
+    onto: Tensor
+
+    @classmethod
+    def of(cls, G: Tensor, sizes: Sequence[int], gamma: float, null: float) -> _Objective:
+        lengths = G.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        safe = torch.where(lengths > 0, lengths, 1.0)
+        values, vectors = torch.linalg.eigh(G / (safe[..., :, None] * safe[..., None, :]))
+        vectors = vectors * (values > null * values[..., -1:])[..., None, :]
+        onto = safe[..., :, None] * (vectors @ vectors.mT) / safe[..., None, :]
+        return cls(G, block_mask(G, sizes), gamma, onto)
 
     def gradient(self, C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return L [...] and the H with ``∇L = H W``, ``H = 4 off(V V^T) C + 2γ (C - I)``."""
+        """Return L [...] and the H with ``∇L = H W``, ``H = (4 off(V V^T) C + 2γ (C - I)) P``."""
         overlaps = (C @ self.G @ C.mT) * self.off
         moved = C - torch.eye(C.shape[-1], dtype=C.dtype, device=C.device)
         loss = _sum(overlaps.square()) + self.gamma * _sum((moved @ self.G) * moved)
-        return loss, 4 * overlaps @ C + 2 * self.gamma * moved
+        return loss, (4 * overlaps @ C + 2 * self.gamma * moved) @ self.onto
 
     def along(self, C: Tensor, D: Tensor) -> Tensor:
         """Return the coefficients [..., 5] of ``t -> L(C + t D)``, constant first."""
@@ -66,6 +80,7 @@ def descend_gd(
     *,
     steps: int,
     tolerance: float,
+    null: float = 1e-12,
     rate: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Minimise the overlap by gradient descent, on the Gram matrix alone.
@@ -80,12 +95,14 @@ def descend_gd(
         gamma: γ, what moving away from W costs.
         steps: Most steps.
         tolerance: Stop where ``||∇L|| <= tolerance (1 + L)``, or L all but stands still.
+        null: Eigenvalues of the Gram matrix of rows of length 1 up to here, relative to the
+            largest, are rounding: V does not move there.
         rate: A fixed η instead.
 
     Returns:
         C [..., R, R] and the number of steps taken [...].
     """
-    objective = _Objective(G, block_mask(G, sizes), gamma)
+    objective = _Objective.of(G, sizes, gamma, null)
     C = _identity(G)
     eta = _safe_rate(objective) if rate is None else torch.full_like(G[..., 0, 0], rate)
     moving = torch.ones_like(eta, dtype=torch.bool)
@@ -109,7 +126,13 @@ def descend_gd(
 
 @full_precision()
 def descend_lbfgs(
-    G: Tensor, sizes: Sequence[int], gamma: float, *, steps: int, tolerance: float
+    G: Tensor,
+    sizes: Sequence[int],
+    gamma: float,
+    *,
+    steps: int,
+    tolerance: float,
+    null: float = 1e-12,
 ) -> tuple[Tensor, Tensor]:
     """Minimise the overlap by L-BFGS, on the Gram matrix alone.
 
@@ -122,6 +145,8 @@ def descend_lbfgs(
         gamma: γ, what moving away from W costs.
         steps: Most steps.
         tolerance: Stop where ``||∇L|| <= tolerance (1 + L)``, or L all but stands still.
+        null: Eigenvalues of the Gram matrix of rows of length 1 up to here, relative to the
+            largest, are rounding: V does not move there.
 
     Returns:
         C [..., R, R] and the number of steps taken [...].
@@ -129,7 +154,7 @@ def descend_lbfgs(
     References:
         Nocedal, "Updating quasi-Newton matrices with limited storage", 1980.
     """
-    objective = _Objective(G, block_mask(G, sizes), gamma)
+    objective = _Objective.of(G, sizes, gamma, null)
     C, history = _identity(G), _History(G)
     moving = torch.ones_like(G[..., 0, 0], dtype=torch.bool)
     taken = torch.zeros_like(moving, dtype=torch.int64)

@@ -588,3 +588,15 @@ def test_the_nested_method_sees_directions_and_magnitudes_go_back_on(axis) -> No
     share = sum(weights) / (sum(weights) + 1.0)
     found, _ = merge([*pairs, zero], [*weights, 1.0], op=op, **options)
     close(found, share * wanted, 1e-10)
+
+
+@pytest.mark.parametrize("solver", ["gd", "lbfgs"])
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_that_depend_on_each_other_do_not_blow_rounding_up(solver, seed) -> None:
+    """Twins in raw units: the loss does not see how their rows are combined, float32 does."""
+    twin, other = adapters(12, 9, [1, 4], seed)
+    pairs = [(100 * twin[0], twin[1]), (100 * twin[0], twin[1]), other]
+    options = {"preset": "paper", "orthogonalise": solver, "decouple_strength": 0.0}
+    wanted, _ = merge(pairs, **options)
+    found, _ = merge(pairs, dtype=torch.float32, **options)
+    close(found, wanted, 1e-3)

@@ -82,7 +82,7 @@ def _module(update: object) -> LoraModule | None:
 
 def _strength(task: Task, method: MergeMethod, present: Sequence[bool], draft: Draft) -> float:
     """Return by what the sum of biases is multiplied, so that it follows the weights."""
-    settings = Settings(task.weights, task.parameters)
+    settings = Settings(task.weights, dict(task.parameters))
     problem = weight_sum_problem(method, settings, present, task.name)
     weights = [w for w, here in zip(task.weights, present, strict=True) if here]
     strength = None if problem else update_strength(method, task.parameters, weights)
