@@ -88,7 +88,7 @@ def measure_point(point: Point, seed: int) -> dict[str, Any]:
 
 def _merge(point: Point, held: list[Any]) -> None:
     from orthomerge.linalg.factors import truncated
-    from orthomerge.merging.lifting import merge_factors
+    from orthomerge.merging.lora.lifting import merge_factors
     from orthomerge.merging.registry import get_method
 
     method = get_method("task-arithmetic" if point.method == "svd" else point.method)

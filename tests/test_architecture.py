@@ -30,7 +30,7 @@ ALLOWED = {
     "recipe": {"linalg", "checkpoints", "adapters", "merging"},
     "demo": {"linalg", "checkpoints", "adapters"},
 }
-PURE = ("orthomerge/linalg", "orthomerge/merging/methods")
+PURE = ("orthomerge/linalg", "orthomerge/merging/methods", "orthomerge/merging/steps")
 IMPURE = {"os", "pathlib", "logging", "json", "pydantic", "io", "shutil", "subprocess"}
 LAZY = {"transformers", "peft", "matplotlib", "sklearn", "ray", "huggingface_hub", "datasets"}
 MAX_FILE, MAX_FUNCTION = 400, 60

@@ -18,6 +18,7 @@ def extract(
     base: Annotated[str, typer.Option("--base", help="Model it was fine-tuned from.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Folder to make.")],
     kind: Annotated[str, typer.Option("--kind", "-k", help="oft+lora, oft or lora.")] = "oft+lora",
+    lora: Annotated[bool, typer.Option("--lora", help="The same as --kind lora.")] = False,
     rank: Annotated[
         int | None,
         typer.Option("--rank", help="Most rank; default 16, or any with --energy alone."),
@@ -54,7 +55,7 @@ def extract(
     result = run(
         model,
         base,
-        kind=kind,  # type: ignore[arg-type]  # the library names the legal ones
+        kind="lora" if lora else kind,  # type: ignore[arg-type]  # the library names the legal ones
         rank=16 if rank is None and energy is None else rank,
         energy=energy,
         block_size=block_size,

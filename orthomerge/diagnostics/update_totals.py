@@ -17,7 +17,7 @@ from orthomerge.diagnostics.interference import (
     SideComparison,
     TotalComparison,
 )
-from orthomerge.diagnostics.updates import alignment, shares, size_ratio, update_cosines
+from orthomerge.diagnostics.update_numbers import alignment, shares, size_ratio, update_cosines
 from orthomerge.errors import NumericalError
 
 __all__ = ["compared"]

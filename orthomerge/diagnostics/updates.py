@@ -14,11 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orthomerge.diagnostics.interference import (
-    Cosines,
-    ModuleComparison,
-    PerAdapter,
-    SideComparison,
+from orthomerge.diagnostics.interference import ModuleComparison, PerAdapter, SideComparison
+from orthomerge.diagnostics.update_numbers import (
+    alignment,
+    effective_rank,
+    kept_energy,
+    relative_variance,
+    shares,
+    size_ratio,
+    update_cosines,
 )
 from orthomerge.errors import NumericalError
 from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
@@ -26,17 +30,7 @@ from orthomerge.linalg.factors import Factors, balancing, concatenated, gram, si
 from orthomerge.linalg.orthogonal_stacks import mean_principal_cosine, whitened_stack
 from orthomerge.linalg.precision import full_precision
 
-__all__ = [
-    "alignment",
-    "compare_updates",
-    "effective_rank",
-    "kept_energy",
-    "relative_variance",
-    "shares",
-    "size_ratio",
-    "update_cosines",
-    "with_rank",
-]
+__all__ = ["compare_updates", "with_rank"]
 
 _NEGLIGIBLE = 1e-7  # ||B A|| relative to ||B|| ||A|| below which an update is rounding
 _ZERO_COLUMN = 1e-8  # relative to the root mean square of an update's columns
@@ -72,12 +66,7 @@ def compare_updates(
     >>> round(found.imbalance, 6), [round(c, 6) for c in found.sum_alignment]
     (10.0, [0.099504, 0.995037])
     """
-    given = tuple(map(float, weights)) if weights is not None else (1.0,) * len(factors)
-    if len(given) != len(factors):
-        raise NumericalError("one weight per adapter", expected=len(factors), found=len(given))
-    present = [(at, F) for at, F in enumerate(factors) if F is not None and F.rank]
-    if not present:
-        raise NumericalError("no adapter changes this module", tensor=name)
+    given, present = _checked(name, factors, weights)
     stack = _Stack.of([F for _, F in present])
     places = [at for at, _ in present]
     inner = _spread(stack.inner, places, len(factors))
@@ -109,6 +98,19 @@ def compare_updates(
     return module if merged is None else _with_merged(module, stack, merged, places)
 
 
+def _checked(
+    name: str, factors: Sequence[Factors | None], weights: Sequence[float] | None
+) -> tuple[tuple[float, ...], list[tuple[int, Factors]]]:
+    """Return the weights, and the factors of those that have the module with their places."""
+    given = tuple(map(float, weights)) if weights is not None else (1.0,) * len(factors)
+    if len(given) != len(factors):
+        raise NumericalError("one weight per adapter", expected=len(factors), found=len(given))
+    present = [(at, F) for at, F in enumerate(factors) if F is not None and F.rank]
+    if not present:
+        raise NumericalError("no adapter changes this module", tensor=name)
+    return given, present
+
+
 def _with_merged(
     module: ModuleComparison, stack: _Stack, merged: Factors, places: Sequence[int]
 ) -> ModuleComparison:
@@ -133,90 +135,11 @@ def with_rank(module: ModuleComparison, rank: int | None) -> ModuleComparison:
     return replace(module, rank=rank, energy=energy)
 
 
-def kept_energy(spectrum: Sequence[float], rank: int) -> float | None:
-    """Return which share of ``Σ σ²`` the largest singular values hold; None of nothing.
-
-    >>> kept_energy([3.0, 4.0][::-1], 1)
-    0.64
-    """
-    total = math.fsum(s * s for s in spectrum)
-    return math.fsum(s * s for s in spectrum[:rank]) / total if total else None
-
-
-def effective_rank(spectrum: Sequence[float]) -> float | None:
-    """Return ``exp(-Σ p ln p)`` with ``p = σ² / Σ σ²``: r for r equal values, 1 for one.
-
-    >>> round(effective_rank([2.0, 2.0, 0.0]), 9)
-    2.0
-    """
-    total = math.fsum(s * s for s in spectrum)
-    if not total:
-        return None
-    energies = [s * s / total for s in spectrum if s > 0]
-    return math.exp(-math.fsum(p * math.log(p) for p in energies if p > 0))
-
-
-def relative_variance(values: Sequence[float]) -> float | None:
-    """Return the population variance over the squared mean; None of fewer than two values.
-
-    >>> relative_variance([1.0, 3.0])
-    0.25
-    """
-    if len(values) < 2:
-        return None
-    mean = math.fsum(values) / len(values)
-    if mean <= 0:
-        return None
-    return math.fsum((value - mean) ** 2 for value in values) / len(values) / mean**2
-
-
-def shares(sizes: Sequence[float]) -> PerAdapter:
-    """Return ``f_i² / Σ f_j²``; None of nothing."""
-    total = math.fsum(f * f for f in sizes)
-    return tuple(f * f / total if total else None for f in sizes)
-
-
-def size_ratio(sizes: Sequence[float]) -> float | None:
-    """Return the largest size over the smallest of those not 0; None if fewer than two are."""
-    live = [f for f in sizes if f > 0]
-    return max(live) / min(live) if len(live) > 1 else None
-
-
-def update_cosines(inner: Sequence[Sequence[float]]) -> Cosines:
-    """Return the cosines of the angles between vectors of given inner products."""
-    norms = [math.sqrt(max(0.0, inner[at][at])) for at in range(len(inner))]
-    return tuple(
-        tuple(_cosine(value, norms[i], norms[j]) for j, value in enumerate(row))
-        for i, row in enumerate(inner)
-    )
-
-
-def alignment(
-    products: Sequence[float], squares: Sequence[float], norm: float, weights: Sequence[float]
-) -> PerAdapter:
-    """Return ``cos(w_i D_i, D)`` from ``<D_i, D>``, ``‖D_i‖²`` and ``‖D‖``.
-
-    None where an update or its weight is 0, or all have cancelled.
-    """
-    scale = math.fsum(abs(w) * math.sqrt(q) for w, q in zip(weights, squares, strict=True))
-    norm = norm if norm > _NEGLIGIBLE * scale else 0.0
-    return tuple(
-        _cosine(p if w > 0 else -p, math.sqrt(q), norm) if w else None
-        for p, q, w in zip(products, squares, weights, strict=True)
-    )
-
-
 def _sum_alignment(inner: Sequence[Sequence[float]], weights: Sequence[float]) -> PerAdapter:
     products = [math.fsum(w * x for w, x in zip(weights, row, strict=True)) for row in inner]
     square = math.fsum(w * p for w, p in zip(weights, products, strict=True))
     squares = [inner[at][at] for at in range(len(inner))]
     return alignment(products, squares, math.sqrt(max(0.0, square)), weights)
-
-
-def _cosine(product: float, left: float, right: float) -> float | None:
-    if left <= 0 or right <= 0:
-        return None
-    return max(-1.0, min(1.0, product / left / right))
 
 
 @dataclass(frozen=True)

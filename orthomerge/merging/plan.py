@@ -19,14 +19,14 @@ from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.checkpoints.layout import Layout
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.merging.draws import model_keys
-from orthomerge.merging.ranks import RankRule
+from orthomerge.merging.lora.ranks import RankRule
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.version import __version__
 
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
     from orthomerge.adapters.updates import AdapterUpdates
-    from orthomerge.merging.lora_output import LoraOutput
+    from orthomerge.merging.lora.output import LoraOutput
 
 __all__ = [
     "AbsentPolicy",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.sources import CheckpointSource
 from orthomerge.errors import RecipeError
+from orthomerge.merging.lora.ranks import parse_rank
 from orthomerge.merging.plan import MergeRequest, Plan
 from orthomerge.merging.planning.planner import build_plan
-from orthomerge.merging.ranks import parse_rank
 from orthomerge.recipe.loader import recipe_from_data
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.yaml_positions import Document

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from orthomerge.adapters.memory import AdapterState
 from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.errors import OrthoMergeError
-from orthomerge.merging.ranks import parse_rank
+from orthomerge.merging.lora.ranks import parse_rank
 from orthomerge.recipe.sizes import parse_size
 
 __all__ = ["AdapterSettings", "MergeRecipe", "ModelEntry", "OutputSettings", "RunSettings"]

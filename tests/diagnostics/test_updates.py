@@ -10,7 +10,8 @@ import torch
 from scipy.linalg import subspace_angles
 
 from orthomerge.diagnostics import compare_updates, compared
-from orthomerge.diagnostics.updates import effective_rank, kept_energy, with_rank
+from orthomerge.diagnostics.update_numbers import effective_rank, kept_energy
+from orthomerge.diagnostics.updates import with_rank
 from orthomerge.errors import NumericalError
 from orthomerge.linalg.factors import Factors, concatenated
 from orthomerge.merging.registry import get_method

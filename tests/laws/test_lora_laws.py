@@ -13,7 +13,7 @@ from orthomerge.adapters.memory import AdapterState
 from orthomerge.errors import NumericalError
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.draws import Draws
-from orthomerge.merging.lifting import merge_factors
+from orthomerge.merging.lora.lifting import merge_factors
 from orthomerge.merging.plan import MergeRequest
 from orthomerge.merging.planning.planner import build_plan
 from orthomerge.merging.registry import all_methods

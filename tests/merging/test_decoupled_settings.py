@@ -209,7 +209,7 @@ def test_what_the_linear_algebra_refuses_names_the_tensor(monkeypatch) -> None:
     def refuse(*_, **__):
         raise NumericalError("no fit")
 
-    monkeypatch.setattr("orthomerge.merging.decoupling.procrustes_right", refuse)
+    monkeypatch.setattr("orthomerge.merging.steps.decoupling.procrustes_right", refuse)
     W0 = weight(9, 6, 3.0, 1)
     with pytest.raises(NumericalError, match=f"'{NAME}': no fit"):
         merged(W0, noisy(W0, 2, 0.05, 2))

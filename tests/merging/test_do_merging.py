@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from orthomerge.errors import NumericalError
 from orthomerge.linalg import Factors
-from orthomerge.merging.magnitudes import mean_magnitude
+from orthomerge.merging.lora.magnitudes import mean_magnitude
+from orthomerge.merging.lora.presets import PRESETS, resolved_preset
 from orthomerge.merging.methods.do_merging import do_merging
 from orthomerge.merging.nesting import nested_method
-from orthomerge.merging.presets import PRESETS, resolved_preset
 from orthomerge.merging.registry import get_method
 from orthomerge.merging.spaces import Space
 

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from orthomerge.adapters.memory import AdapterState
 from orthomerge.errors import RecipeError, UnknownNameError
 from orthomerge.linalg.factors import Factors
-from orthomerge.merging.lifting import run_nested_factors
+from orthomerge.merging.lora.lifting import run_nested_factors
 from orthomerge.merging.methods.norm_cap import norm_cap
 from orthomerge.merging.methods.pico import pico
+from orthomerge.merging.plan import MergeRequest
+from orthomerge.merging.planning.planner import build_plan
 from orthomerge.merging.registry import get_method
+from orthomerge.merging.run import run_plan
 
 
 def draw(ranks=(2, 3, 1), rows=8, columns=6, seed=0, sizes=(1.0, 1.0, 1.0)):
@@ -46,7 +50,7 @@ def test_pico_equals_the_oracle() -> None:
     damped = pico_by_hand(factors, weights)
     total = sum(w * dense(f) for w, f in zip(weights, factors, strict=True))
     wanted = damped * np.linalg.norm(total) / np.linalg.norm(damped)
-    merged = pico(factors, weights=weights)
+    merged = pico(factors, weights=weights, gauge="stored")
     np.testing.assert_allclose(dense(merged), wanted, atol=1e-12)
     assert merged.facts["rescaled"] == pytest.approx(np.linalg.norm(total) / np.linalg.norm(damped))
     assert np.linalg.norm(wanted - total) > 0.05 * np.linalg.norm(total)
@@ -70,7 +74,7 @@ def test_a_direction_that_all_share_loses_against_one_that_is_alone() -> None:
         Factors(e[:, :1], rows[2:3]),
         Factors(e[:, :1], rows[3:]),
     ]
-    merged = dense(pico(factors, weights=[1.0, 1.0, 1.0]))
+    merged = dense(pico(factors, weights=[1.0, 1.0, 1.0], gauge="stored"))
     shared, alone = 1 / (1 + 2 * 3 / 4), 1 / (1 + 2 * 1 / 4)
     np.testing.assert_allclose(merged[1, 1] / merged[0, 0], alone / shared, atol=1e-12)
 
@@ -87,9 +91,9 @@ def test_balanced_pico_depends_on_the_changes_only() -> None:
     factors = draw()
     again = [Factors(5.0 * factors[0].B, factors[0].A / 5.0), *factors[1:]]
     given = {"weights": [1.0, 1.0, 1.0]}
-    one, other = (dense(pico(f, gauge="balanced", **given)) for f in (factors, again))
-    np.testing.assert_allclose(one, other, atol=1e-10)
     one, other = (dense(pico(f, **given)) for f in (factors, again))
+    np.testing.assert_allclose(one, other, atol=1e-10)
+    one, other = (dense(pico(f, gauge="stored", **given)) for f in (factors, again))
     assert np.linalg.norm(one - other) > 1e-3
 
 
@@ -158,6 +162,25 @@ def test_a_batch_of_modules_is_taken_one_by_one() -> None:
 def test_what_cannot_be_nested_is_refused(method, op, words) -> None:
     with pytest.raises(RecipeError, match=words):
         get_method(method).parameters["op"].check(op)
+
+
+@pytest.mark.parametrize("method", ["ties", "knots"])
+def test_weights_may_cancel_where_ties_divides_by_those_that_agree(method) -> None:
+    """Of -4 and -3 both agree: -(4 + 3) / 2."""
+    prefix, states = "base_model.model.q", []
+    for name, value in (("a", 4.0), ("b", -3.0)):
+        tensors = {
+            f"{prefix}.lora_B.weight": torch.ones(1, 1),
+            f"{prefix}.lora_A.weight": torch.tensor([[value]]),
+        }
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q"]}
+        states.append(AdapterState(tensors, config, name))
+    ties = {"density": 1.0}
+    parameters = ties if method == "ties" else {"op": {"method": "ties", **ties}}
+    request = MergeRequest(tuple(states), method=method, weights=(-1.0, 1.0), parameters=parameters)
+    merged = run_plan(build_plan(request)).tensors
+    B, A = (merged[f"{prefix}.lora_{factor}.weight"] for factor in "BA")
+    assert (B @ A).item() == pytest.approx(-3.5)
 
 
 def test_defaults_of_nested_methods_are_filled_in() -> None:

@@ -13,7 +13,7 @@ import torch
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging import registry
 from orthomerge.merging.draws import Draws
-from orthomerge.merging.lifting import coordinates, lifted
+from orthomerge.merging.lora.lifting import coordinates, lifted
 from orthomerge.merging.methods.core import core
 from orthomerge.merging.methods.knots import knots
 from orthomerge.merging.registry import all_methods, get_method

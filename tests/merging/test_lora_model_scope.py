@@ -8,9 +8,9 @@ import torch
 
 from orthomerge.adapters.memory import AdapterState
 from orthomerge.errors import BudgetError, OrthoMergeError
+from orthomerge.merging.lora.ranks import parse_rank
 from orthomerge.merging.plan import MergeRequest
 from orthomerge.merging.planning.planner import build_plan
-from orthomerge.merging.ranks import parse_rank
 from orthomerge.merging.run import run_plan
 
 SHAPES = {"m.a": (10, 8), "m.b": (10, 8), "m.c": (5, 12)}

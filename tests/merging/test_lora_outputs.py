@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import orthomerge
 from orthomerge.errors import AdapterError, RecipeError
 from orthomerge.merging.executors.onto_base import merged_scales
-from orthomerge.merging.ranks import RankRule
+from orthomerge.merging.lora.ranks import RankRule
 from orthomerge.merging.registry import all_methods
 
 

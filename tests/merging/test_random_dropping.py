@@ -11,9 +11,9 @@ from scipy.stats import rankdata
 from orthomerge import merge
 from orthomerge.errors import RecipeError
 from orthomerge.merging.draws import Draws
-from orthomerge.merging.dropping import dropped_by_rank, mean_ranks
 from orthomerge.merging.methods.della import della
 from orthomerge.merging.planning import draft
+from orthomerge.merging.steps.dropping import dropped_by_rank, mean_ranks
 
 RANDOM = ["dare", "dare-ties", "della"]
 NAME = "layers.0.up.weight"
@@ -166,7 +166,7 @@ def test_della_ranks_a_vector_as_one_row_and_a_kernel_by_output() -> None:
 def test_della_does_not_depend_on_how_many_rows_are_ranked_at_a_time(monkeypatch) -> None:
     base, experts = models(30, 11)
     wanted = merged("della", base, experts)
-    monkeypatch.setattr("orthomerge.merging.dropping._ENTRIES_AT_A_TIME", 25)
+    monkeypatch.setattr("orthomerge.merging.steps.dropping._ENTRIES_AT_A_TIME", 25)
     assert (merged("della", base, experts) == wanted).all()
 
 

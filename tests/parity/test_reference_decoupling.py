@@ -137,9 +137,9 @@ def test_the_engine_gives_the_known_numbers(variant, known) -> None:
 
 def split_with(mode, variant, W0, experts):
     """Each model's rotation and residual, as the library finds them."""
-    from orthomerge.merging.decoupling import Settings
-    from orthomerge.merging.decoupling import decouple as split
     from orthomerge.merging.registry import get_method
+    from orthomerge.merging.steps.decoupling import Settings
+    from orthomerge.merging.steps.decoupling import decouple as split
 
     defaults = {k: p.default for k, p in get_method("orthomerge-decoupled").parameters.items()}
     chosen = {**defaults, "mode": mode, "variant": variant, "gate": "off"}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.factors import joined_module, read_factors
-from orthomerge.merging.frames import coordinate_entries, lift_of
-from orthomerge.merging.lifting import lifted_coordinates
+from orthomerge.merging.lora.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora.lifting import lifted_coordinates
 from orthomerge.merging.plan import Task
 from orthomerge.merging.streams import HeldStream
 

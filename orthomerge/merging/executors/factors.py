@@ -34,8 +34,8 @@ from orthomerge.merging.executors.onto_base import (
     own_scales,
     write_weight,
 )
-from orthomerge.merging.lifting import merge_factors, merge_vectors
-from orthomerge.merging.lora_modules import JoinedLora, join_lora
+from orthomerge.merging.lora.lifting import merge_factors, merge_vectors
+from orthomerge.merging.lora.modules import JoinedLora, join_lora
 from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Task
 

@@ -61,7 +61,7 @@ def core(
         tensor([[1., 0.],
                 [0., 2.]])
     """
-    from orthomerge.merging.lifting import lifted
+    from orthomerge.merging.lora.lifting import lifted
 
     choice = nested_method("op", op or "tsv-m")
     method = get_method(choice.pop("method"))

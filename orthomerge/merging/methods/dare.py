@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orthomerge.merging.dropping import dropped
 from orthomerge.merging.parameters import Density
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.merging.steps.dropping import dropped
 
 if TYPE_CHECKING:
     from torch import Tensor

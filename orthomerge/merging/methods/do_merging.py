@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from orthomerge.merging.lora.presets import resolved_preset
 from orthomerge.merging.parameters import Between, NestedLoraMethod
-from orthomerge.merging.presets import resolved_preset
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.spaces import Space
 
@@ -81,6 +81,6 @@ def do_merging(
         Decouple and Orthogonalize, arXiv:2505.15875; lowdin: Gargiulo et al., arXiv:2412.00081.
     """
     given = dict(locals())
-    from orthomerge.merging.decorrelating import do_merge
+    from orthomerge.merging.lora.decorrelating import do_merge
 
     return do_merge(given.pop("factors"), given.pop("weights"), given)

@@ -110,7 +110,7 @@ def _mean(
     """Return the mean of matrices, turned only if they differ by a rotation; None always turns."""
     import dataclasses
 
-    from orthomerge.merging.rotating import pairwise_rotational, spanned_mean
+    from orthomerge.merging.steps.rotating import pairwise_rotational, spanned_mean
 
     facts: dict[str, Any] = {"rotated": True}
     if margin is not None:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orthomerge.merging.matrices import merge_matrices
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.merging.steps.matrices import merge_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,6 +72,6 @@ def iso_c(
 
 def _update(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return ``mean(S) U V^T`` in float64; the deltas are matrices."""
-    from orthomerge.merging.isotropic import common_directions, flat_spectrum
+    from orthomerge.merging.steps.isotropic import common_directions, flat_spectrum
 
     return flat_spectrum([common_directions(deltas, weights)], deltas[0])

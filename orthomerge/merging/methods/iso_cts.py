@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from orthomerge.merging.matrices import merge_matrices
 from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.merging.steps.matrices import merge_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,7 +78,7 @@ def iso_cts(
 
 def _update(deltas: Sequence[Tensor], weights: Sequence[float], *, common: float) -> Tensor:
     """Return ``σ U V^T`` in float64; the deltas are matrices, all of which take part."""
-    from orthomerge.merging.isotropic import common_directions, flat_spectrum, own_directions
+    from orthomerge.merging.steps.isotropic import common_directions, flat_spectrum, own_directions
 
     shared = common_directions(deltas, weights)
     tasks = [w * d.double() for w, d in zip(weights, deltas, strict=True) if bool(d.any())]

@@ -66,7 +66,7 @@ def knots(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    from orthomerge.merging.lifting import lifted
+    from orthomerge.merging.lora.lifting import lifted
 
     choice = nested_method("op", op or "ties")
     return lifted(

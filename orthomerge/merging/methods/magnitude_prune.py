@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from orthomerge.merging.parameters import Density
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
-from orthomerge.merging.trimming import magnitude_thresholds, trim
+from orthomerge.merging.steps.trimming import magnitude_thresholds, trim
 
 if TYPE_CHECKING:
     from torch import Tensor

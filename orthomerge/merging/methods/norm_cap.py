@@ -56,7 +56,7 @@ def norm_cap(
     """
     import numpy as np
 
-    from orthomerge.merging.lifting import run_nested_factors
+    from orthomerge.merging.lora.lifting import run_nested_factors
 
     norms = [float(factor.norm()) for factor in factors]
     counted = [norm for norm, weight in zip(norms, weights, strict=True) if weight and norm]

@@ -6,18 +6,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from orthomerge.merging.modes import resolved
 from orthomerge.merging.nesting import unfit_nested
 from orthomerge.merging.parameters import Between, NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.roles import unfit_block
 from orthomerge.merging.spaces import Space
+from orthomerge.merging.steps.modes import resolved
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from orthomerge.merging.decoupling import Settings
     from orthomerge.merging.draws import Draws
+    from orthomerge.merging.steps.decoupling import Settings
 
 __all__ = ["orthomerge_decoupled"]
 
@@ -34,7 +34,7 @@ def _residual(
     base: Tensor, deltas: Sequence[Tensor], model: int, *, role: str, **parameters: Any
 ) -> Tensor:
     """Return what one model leaves to the residual method, for its survey of the whole model."""
-    from orthomerge.merging.decoupling import residual_of
+    from orthomerge.merging.steps.decoupling import residual_of
 
     return residual_of(base, deltas, _settings(parameters, len(deltas)), role, model)
 
@@ -115,13 +115,13 @@ def orthomerge_decoupled(
     References:
         Orthogonal Model Merging, arXiv:2602.05943: orthogonal-residual decoupling.
     """
-    from orthomerge.merging.decoupling import merge_decoupled
+    from orthomerge.merging.steps.decoupling import merge_decoupled
 
     settings = _settings(locals(), len(deltas))
     return merge_decoupled(base, deltas, weights, settings, role, survey, draws)
 
 
 def _settings(parameters: dict[str, Any], models: int) -> Settings:
-    from orthomerge.merging.decoupling import Settings
+    from orthomerge.merging.steps.decoupling import Settings
 
     return Settings.of(parameters, models)

@@ -28,7 +28,7 @@ def pico(
     weights: Sequence[float],
     draws: Draws | None = None,
     op: NestedLoraMethod = "task-arithmetic",
-    gauge: Literal["stored", "balanced"] = "stored",
+    gauge: Literal["balanced", "stored"] = "balanced",
 ) -> Merged:
     """Damp shared directions of the B factors, merge, restore the size of the result.
 
@@ -43,8 +43,8 @@ def pico(
             is the number of the others.
         draws: The op's random numbers.
         op: What merges the damped factors; null for task-arithmetic.
-        gauge: Take the factors as they are stored, as the paper does, or share each change's
-            singular values evenly first, so that only the changes themselves matter.
+        gauge: Share each change's singular values evenly over B and A first, so that only the
+            changes themselves matter, or take the factors as they are stored, as the paper does.
 
     Returns:
         The merged change and what was done to it.
@@ -62,8 +62,8 @@ def pico(
                 [0., 0.]])
     """
     from orthomerge.linalg.factors import balanced
-    from orthomerge.merging.calibration import damped_outputs
-    from orthomerge.merging.lifting import run_nested_factors
+    from orthomerge.merging.lora.calibration import damped_outputs
+    from orthomerge.merging.lora.lifting import run_nested_factors
 
     if gauge == "balanced":
         factors = [balanced(factor) if factor.rank else factor for factor in factors]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from orthomerge.merging.electing import elect_and_merge
 from orthomerge.merging.parameters import Density
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
-from orthomerge.merging.trimming import magnitude_thresholds, trim
+from orthomerge.merging.steps.electing import elect_and_merge
+from orthomerge.merging.steps.trimming import magnitude_thresholds, trim
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orthomerge.merging.matrices import merge_matrices
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.merging.steps.matrices import merge_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
-from orthomerge.merging.lora_modules import JoinedLora
+from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import MergeRequest
 
 __all__ = ["agreement_problems", "module_problems"]

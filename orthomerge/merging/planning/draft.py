@@ -19,7 +19,7 @@ from orthomerge.merging.rules import LayerMap, unmatched_rules, value_for
 if TYPE_CHECKING:
     from orthomerge.adapters.convention import OftConvention
     from orthomerge.adapters.updates import AdapterUpdates
-    from orthomerge.merging.lora_output import LoraOutput
+    from orthomerge.merging.lora.output import LoraOutput
 
 __all__ = [
     "Draft",

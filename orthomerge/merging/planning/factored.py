@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from orthomerge.adapters.lora_updates import LoraUpdate
-from orthomerge.merging.lora_modules import JoinedLora
+from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import Task
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import factors_bytes

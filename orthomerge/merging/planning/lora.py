@@ -17,8 +17,8 @@ from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError
-from orthomerge.merging.lora_modules import JoinedLora, joined_lora
-from orthomerge.merging.lora_output import LoraOutput
+from orthomerge.merging.lora.modules import JoinedLora, joined_lora
+from orthomerge.merging.lora.output import LoraOutput
 from orthomerge.merging.plan import MergeRequest, Task
 from orthomerge.merging.planning.agreement import agreement_problems, module_problems
 from orthomerge.merging.planning.carried import carried_names, carried_task, copy_task

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.merging.lora_modules import JoinedLora
+from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import TaskKind
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.views import View

@@ -10,8 +10,8 @@ from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.errors import RecipeError
-from orthomerge.merging.frames import coordinate_entries, lift_of
-from orthomerge.merging.lora_modules import JoinedLora
+from orthomerge.merging.lora.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import SURVEY_SHARE

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from orthomerge.errors import NumericalError
 from orthomerge.linalg.factors import Factors
-from orthomerge.merging.lifting import run_nested_factors
-from orthomerge.merging.magnitudes import automatic_scale, decouple, reattach
-from orthomerge.merging.presets import resolved_preset
+from orthomerge.merging.lora.lifting import run_nested_factors
+from orthomerge.merging.lora.magnitudes import automatic_scale, decouple, reattach
+from orthomerge.merging.lora.presets import resolved_preset
+from orthomerge.merging.lora.stacks import Stack, balance, orthogonalise
 from orthomerge.merging.registry import Merged
-from orthomerge.merging.stacks import Stack, balance, orthogonalise
 
 __all__ = ["do_merge"]
 

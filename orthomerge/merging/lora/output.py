@@ -15,8 +15,8 @@ from orthomerge.adapters.lora_export import diffusers_metadata, lora_config
 from orthomerge.adapters.lora_keys import lora_key
 from orthomerge.adapters.lora_styles import LoraPart, LoraStyle
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.merging.lora_modules import JoinedLora
-from orthomerge.merging.ranks import RankRule
+from orthomerge.merging.lora.modules import JoinedLora
+from orthomerge.merging.lora.ranks import RankRule
 
 __all__ = ["LoraOutput"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from orthomerge.linalg.block_diagonals import blocks_times, diagonal_blocks
 from orthomerge.linalg.factors import Factors
 from orthomerge.linalg.precision import full_precision
-from orthomerge.merging.stacks import Stack
+from orthomerge.merging.lora.stacks import Stack
 
 __all__ = [
     "Decoupled",

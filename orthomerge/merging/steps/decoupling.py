@@ -20,11 +20,11 @@ from orthomerge.linalg.procrustes_fits import ProcrustesFit, procrustes_right
 from orthomerge.linalg.procrustes_frames import ProcrustesBase
 from orthomerge.linalg.rotations import apply_cayley
 from orthomerge.merging.draws import Draws
-from orthomerge.merging.modes import resolved
 from orthomerge.merging.nesting import run_nested
 from orthomerge.merging.registry import Merged
 from orthomerge.merging.roles import Role, rotated_roles
-from orthomerge.merging.rotating import residual_over_noise
+from orthomerge.merging.steps.modes import resolved
+from orthomerge.merging.steps.rotating import residual_over_noise
 
 __all__ = ["Decoupled", "Settings", "decouple", "merge_decoupled", "residual_of"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from orthomerge.errors import RecipeError
 from orthomerge.linalg.factors import Factors, balanced
 from orthomerge.linalg.precision import full_precision
-from orthomerge.merging.frames import Lift
+from orthomerge.merging.lora.frames import Lift
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged, MergeMethod, get_method
 from orthomerge.merging.spaces import Space

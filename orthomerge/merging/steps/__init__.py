@@ -1,0 +1,1 @@
+"""Steps that several methods share: trim, drop, elect, decompose, decouple; pure functions."""
