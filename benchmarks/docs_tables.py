@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_tables import lora_growth, lora_made_by, lora_speed
 from tasks.tables import method_table
 
 __all__ = ["main", "pages", "rendered"]
@@ -214,6 +215,10 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "geometry-made-by": ("geometry.json", made_by),
     "decoupled-merge": ("decoupled_merge.json", decoupled_table),
     "decoupled-made-by": ("decoupled_merge.json", made_by),
+    "lora": ("lora.json", lora_speed),
+    "lora-targets": ("lora.json", target_table),
+    "lora-growth": ("lora.json", lora_growth),
+    "lora-made-by": ("lora.json", lora_made_by),
     "peft-defects": ("peft_defects.json", peft_table),
     "peft-defects-made-by": ("peft_defects.json", made_by),
     "tasks-lora-untuned": ("task_merges.json", task_families("lora", "untuned")),

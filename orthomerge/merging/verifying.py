@@ -7,17 +7,19 @@ here and not by whoever loads it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from orthomerge.adapters.sources import open_source
+from orthomerge.adapters.sources import Source, open_source
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.errors import VerificationError
 from orthomerge.linalg.factors import Factors
 from orthomerge.linalg.sketching import sketch
+from orthomerge.merging.engine import one_thread_per_worker
 from orthomerge.merging.plan import Plan, Task
 
 __all__ = ["verify_output"]
@@ -41,27 +43,33 @@ def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
     tasks = [task for task in plan.tasks if task.kind == "factors"]
     if not tasks:
         return
-    names = plan.lora.names if plan.lora else {}
     source = open_source(path)
     try:
-        for task in tasks:
-            if source.lora is None:
-                wanted = torch.tensor(details[task.name]["written_norm"], dtype=torch.float64)
-                stored = source.checkpoint.read(task.name)
-                found = torch.linalg.vector_norm(stored.float(), dtype=torch.float64)
-                size = wanted.item()
-            else:
-                wanted = torch.tensor(details[task.name]["written_sketch"], dtype=torch.float64)
-                name = names[next(name for name in task.models if name)]
-                factors = Factors(*source.lora.factors(name, torch.float32))
-                found = sketch(factors)
-                size = float(factors.B.norm() * factors.A.norm())
-            eps = max(torch.finfo(torch_dtype(task.info.dtype)).eps, torch.finfo(torch.float32).eps)
-            tolerance = max(_ROUNDINGS * eps * size, 1e-30)
-            if not torch.linalg.vector_norm(found - wanted).item() <= tolerance:  # NaN is refused
-                raise _differs(task, plan, wanted, found)
+        with one_thread_per_worker(), ThreadPoolExecutor(plan.workers) as pool:
+            for _ in pool.map(lambda task: _verify(task, source, plan, details[task.name]), tasks):
+                pass
     finally:
         source.checkpoint.close()
+
+
+def _verify(task: Task, source: Source, plan: Plan, details: Mapping[str, Any]) -> None:
+    """Compare one module, an adapter's by its sketch, a full weight by its norm."""
+    if source.lora is None:
+        wanted = torch.tensor(details["written_norm"], dtype=torch.float64)
+        stored = source.checkpoint.read(task.name)
+        found = torch.linalg.vector_norm(stored.float(), dtype=torch.float64)
+        size = wanted.item()
+    else:
+        assert plan.lora is not None
+        wanted = torch.tensor(details["written_sketch"], dtype=torch.float64)
+        name = plan.lora.names[next(name for name in task.models if name)]
+        factors = Factors(*source.lora.factors(name, torch.float32))
+        found = sketch(factors)
+        size = float(factors.B.norm() * factors.A.norm())
+    eps = max(torch.finfo(torch_dtype(task.info.dtype)).eps, torch.finfo(torch.float32).eps)
+    tolerance = max(_ROUNDINGS * eps * size, 1e-30)
+    if not torch.linalg.vector_norm(found - wanted).item() <= tolerance:  # NaN is refused
+        raise _differs(task, plan, wanted, found)
 
 
 def _differs(task: Task, plan: Plan, wanted: Tensor, found: Tensor) -> VerificationError:
