@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,10 +66,10 @@ def versions() -> dict[str, str | None]:
     }
 
 
-def sources_digest() -> str:
+def sources_digest(packages: Sequence[str] = ("orthomerge", "orthomerge_cli")) -> str:
     """Return a digest of orthomerge's Python files, as this environment would import them."""
     total = hashlib.sha256()
-    for package in ("orthomerge", "orthomerge_cli"):
+    for package in packages:
         spec = find_spec(package)
         if spec is None or spec.origin is None:
             raise SystemExit(f"{package} is not installed here")

@@ -13,6 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_tables import lora_growth, lora_made_by, lora_speed
+from tasks.tables import method_table
+
 __all__ = ["main", "pages", "rendered"]
 
 ROOT = Path(__file__).parent.parent
@@ -197,6 +200,11 @@ def _ratio(facts: Mapping[str, Any], prefix: str) -> str:
     return f"{found[0]:.2f}" if found and found[0] is not None else ""
 
 
+def task_families(family: str, setting: str) -> Callable[[Mapping[str, Any]], list[str]]:
+    """Return what renders the methods of one family of the task benchmark."""
+    return lambda result: method_table(result["families"][family], setting)
+
+
 _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "speed": ("merge_speed.json", speed_table),
     "targets": ("merge_speed.json", target_table),
@@ -207,8 +215,17 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "geometry-made-by": ("geometry.json", made_by),
     "decoupled-merge": ("decoupled_merge.json", decoupled_table),
     "decoupled-made-by": ("decoupled_merge.json", made_by),
+    "lora": ("lora.json", lora_speed),
+    "lora-targets": ("lora.json", target_table),
+    "lora-growth": ("lora.json", lora_growth),
+    "lora-made-by": ("lora.json", lora_made_by),
     "peft-defects": ("peft_defects.json", peft_table),
     "peft-defects-made-by": ("peft_defects.json", made_by),
+    "tasks-lora-untuned": ("task_merges.json", task_families("lora", "untuned")),
+    "tasks-lora-tuned": ("task_merges.json", task_families("lora", "tuned")),
+    "tasks-imbalanced-untuned": ("task_merges.json", task_families("lora_imb", "untuned")),
+    "tasks-imbalanced-tuned": ("task_merges.json", task_families("lora_imb", "tuned")),
+    "tasks-made-by": ("task_merges.json", made_by),
     "real-finetune": ("real_finetune.json", finetune_table),
     "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }

@@ -69,8 +69,17 @@ class Session:
 
     @cached_property
     def digest(self) -> str:
-        """Of orthomerge's sources: a cell measured with other sources is measured again."""
-        return sources_digest()
+        """Of the library's sources: a cell measured with other sources is measured again."""
+        return sources_digest(["orthomerge"])
+
+    def check_sources(self) -> None:
+        """Refuse to go on when the library was edited since the start.
+
+        Raises:
+            SystemExit: A cell would be kept under sources that did not make it.
+        """
+        if sources_digest(["orthomerge"]) != self.digest:
+            raise SystemExit("orthomerge's sources changed during the run: call again")
 
     def _experts(self, family: str, seed: int) -> Iterator[tuple[ExpertSettings, Path]]:
         for expert in FAMILIES[family].experts(self.tasks, seed, self.steps):
@@ -154,8 +163,10 @@ def _merge_cell(
 ) -> Callable[[], dict[str, Any]]:
     def measure() -> dict[str, Any]:
         try:
-            return session.bench.merge_cell(contender, folders, seed)
+            cell = session.bench.merge_cell(contender, folders, seed)
         except OrthoMergeError as refused:
-            return {"refused": str(refused), "seconds": {"total": 0.0}}
+            cell = {"refused": str(refused), "seconds": {"total": 0.0}}
+        session.check_sources()
+        return cell
 
     return measure

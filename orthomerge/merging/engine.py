@@ -24,7 +24,7 @@ from orthomerge.merging.observing import MergedModule
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.surveys import model_survey
 
-__all__ = ["Interrupted", "execute", "measure_spectra", "run_observed"]
+__all__ = ["Interrupted", "execute", "measure_spectra", "one_thread_per_worker", "run_observed"]
 
 
 def execute(
@@ -55,7 +55,7 @@ def execute(
     waiting = [task for task in plan.tasks if task.name not in done]
     waiting.sort(key=lambda task: -task.read_bytes)
     try:
-        with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+        with full_precision(), torch.inference_mode(), one_thread_per_worker():
             context.survey = model_survey(context)
             if plan.request.norm_matched is not None:
                 context.factor = _matched_factor(plan, context)
@@ -78,7 +78,7 @@ def measure_spectra(plan: Plan) -> dict[str, list[float]]:
     """Run the merge of a LoRA adapter without writing; return each module's singular values."""
     nowhere = MemoryWriter({})
     context = Context(plan, nowhere, spectra={})
-    with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+    with full_precision(), torch.inference_mode(), one_thread_per_worker():
         context.survey = model_survey(context)
         _run_all([task for task in plan.tasks if task.kind == "factors"], context)
     assert context.spectra is not None
@@ -100,7 +100,7 @@ def run_observed(
     ]
     context = Context(plan, MemoryWriter({}), advance or (lambda _: None))
     try:
-        with full_precision(), torch.inference_mode(), _one_thread_per_worker():
+        with full_precision(), torch.inference_mode(), one_thread_per_worker():
             context.survey = model_survey(context)
             if plan.request.norm_matched is not None:
                 context.factor = _matched_factor(plan, context)
@@ -178,7 +178,7 @@ def _prefetch(batches: Sequence[Sequence[Task]], position: int, context: Context
 
 
 @contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
+def one_thread_per_worker() -> Iterator[None]:
     """Give each worker one torch thread: pieces are too small to share, and pools only wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

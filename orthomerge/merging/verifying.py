@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from orthomerge.adapters.sources import Source, open_source
 from orthomerge.errors import VerificationError
 from orthomerge.linalg.factors import Factors
 from orthomerge.linalg.sketching import sketch
+from orthomerge.merging.engine import one_thread_per_worker
 from orthomerge.merging.plan import Plan, Task
 from orthomerge.merging.streams import TensorReader
 
@@ -44,14 +46,20 @@ def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
         return
     source = open_source(path)
     try:
-        for task in tasks:
-            check = _check_weight if source.lora is None else _check_module
-            wanted, found, size = check(task, plan, source, details[task.name])
-            tolerance = max(_ROUNDINGS * torch.finfo(torch.float32).eps * size, 1e-30)
-            if not torch.linalg.vector_norm(found - wanted).item() <= tolerance:  # NaN is refused
-                raise _differs(task, plan, wanted, found)
+        with one_thread_per_worker(), ThreadPoolExecutor(plan.workers) as pool:
+            for _ in pool.map(lambda task: _verify(task, source, plan, details[task.name]), tasks):
+                pass
     finally:
         source.checkpoint.close()
+
+
+def _verify(task: Task, source: Source, plan: Plan, details: Mapping[str, Any]) -> None:
+    """Compare one module, an adapter's by its sketch, a full weight by its norm."""
+    check = _check_weight if source.lora is None else _check_module
+    wanted, found, size = check(task, plan, source, details)
+    tolerance = max(_ROUNDINGS * torch.finfo(torch.float32).eps * size, 1e-30)
+    if not torch.linalg.vector_norm(found - wanted).item() <= tolerance:  # NaN is refused
+        raise _differs(task, plan, wanted, found)
 
 
 def _check_module(

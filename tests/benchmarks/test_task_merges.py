@@ -306,6 +306,34 @@ def test_tables_show_every_method_once_and_the_best_first() -> None:
     json.dumps(summary)
 
 
+def test_cells_belong_to_the_sources_that_made_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tasks import session as sessions
+
+    monkeypatch.setattr(sessions, "sources_digest", lambda packages: "one state")
+    split = splits.Split(("t",), (0,))
+    session = sessions.Session(
+        tmp_path,
+        ("movie",),
+        ("lora",),
+        {"ties": contenders.CONTENDERS["ties"], "tsv-m": contenders.CONTENDERS["tsv-m"]},
+        (1,),
+        60,
+        protocol.Sizes(),
+    )
+    vars(session)["examples"] = {"movie": {"train": split}}
+    before = {name: session.path("lora", name, 1) for name in ("ties", "tsv-m", "experts")}
+    assert len(set(before.values())) == 3
+    session.check_sources()
+    monkeypatch.setattr(sessions, "sources_digest", lambda packages: "another state")
+    with pytest.raises(SystemExit, match="changed during the run"):
+        session.check_sources()
+    del vars(session)["digest"]
+    assert session.path("lora", "ties", 1) != before["ties"]
+    assert session.path("lora", "experts", 1) == before["experts"]
+
+
 @pytest.mark.slow
 def test_the_whole_benchmark_runs_small(tmp_path: Path) -> None:
     cache = packages.cache_folder()

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from orthomerge import merge
 from orthomerge.checkpoints.digest import (
     DIGEST_PLACEHOLDER,
+    HashingSource,
     content_digest,
     hash_checkpoint,
     hash_tensor,
@@ -117,3 +118,16 @@ def test_merge_in_shards_has_the_digest_of_a_merge_in_one_file(
         )
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     assert digest(tmp_path / "one") == digest(tmp_path / "many") == digest(source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reading_whole_tensors_hashes_them_on_the_way(dtype: torch.dtype) -> None:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).to(dtype), "b": torch.ones(2).to(dtype)}
+    tensors["t"] = tensors["a"].mT
+    checkpoint = open_checkpoint(tensors)
+    source = HashingSource(checkpoint)
+    assert torch.equal(source.read("a"), tensors["a"])
+    source.read("t")
+    assert set(source.digests) == {"a", "t"}
+    for name in tensors:  # b is read only now
+        assert source.digest(name) == hash_tensor(checkpoint, name)

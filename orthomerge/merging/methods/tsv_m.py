@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from orthomerge.merging.registry import merge_method
+from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.steps.matrices import merge_matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from orthomerge.linalg.factors import Factors
 
 __all__ = ["tsv_m"]
 
@@ -23,6 +25,24 @@ def workspace(shape: tuple[int, ...], models: int) -> int:
     return 2 * (3 * short**2 + 4 * rows * columns // max(1, models) + 2 * (rows + columns) * short)
 
 
+def _of_factors(
+    factors: Sequence[Factors], *, weights: Sequence[float], scale: float
+) -> Merged | Factors:
+    """Merge low-rank changes: Löwdin's form of both frames where there is room for all ranks.
+
+    With more ranks than dimensions each is cut to its share, in coordinates, as full changes are.
+    """
+    from orthomerge.merging.lora.decorrelating import do_merge
+    from orthomerge.merging.lora.lifting import lifted
+    from orthomerge.merging.lora.presets import PRESETS
+    from orthomerge.merging.registry import get_method
+
+    if sum(factor.rank for factor in factors) > min(factors[0].shape):
+        return lifted(get_method("tsv-m"), factors, weights=weights, scale=scale)
+    robust = {**PRESETS["robust"], "preset": "robust", "op": None, "survey": None, "draws": None}
+    return do_merge(factors, weights, {**robust, "target": "both", "scale": scale})
+
+
 @merge_method(
     "tsv-m",
     space=Space.DELTA,
@@ -30,6 +50,7 @@ def workspace(shape: tuple[int, ...], models: int) -> int:
     laws=("identity", "permutation", "scale-equivariance", "additive"),
     whole=True,
     workspace=workspace,
+    factors=_of_factors,
 )
 def tsv_m(
     base: Tensor,
