@@ -51,6 +51,20 @@ print(peak - before, prepared.peak_bytes)
 """
 
 
+def test_task_singular_vectors_without_room_are_counted_in_coordinates() -> None:
+    key, models = "base_model.model.q", 4
+
+    def planned(rank):
+        tensors = {f"{key}.lora_B.weight": torch.ones(256, rank)}
+        tensors[f"{key}.lora_A.weight"] = torch.ones(rank, 1024)
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank}
+        adapters = [AdapterState(tensors, config, f"{at}") for at in range(models)]
+        return plan(adapters, method="tsv-m", run_settings={"workers": 1}).peak_bytes
+
+    room, none = planned(64), planned(65)
+    assert none - room > models * 256 * 1024 * 8
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "settings",

@@ -39,7 +39,7 @@ def _of_factors(
 
     if sum(factor.rank for factor in factors) > min(factors[0].shape):
         return lifted(get_method("tsv-m"), factors, weights=weights, scale=scale)
-    robust = {**PRESETS["robust"], "preset": "robust", "op": None, "survey": None, "draws": None}
+    robust = {**PRESETS["robust"], "preset": "robust", "op": None, "draws": None}
     return do_merge(factors, weights, {**robust, "target": "both", "scale": scale})
 
 

@@ -88,7 +88,8 @@ def _coordinate_bytes(
 ) -> int:
     """Return what methods of task vectors hold that run on coordinates, this one or nested ones."""
     needed = 0
-    if space or method.factors is None:
+    crowded = method.whole and sum(module.ranks) > min(module.rows, module.columns)
+    if space or method.factors is None or crowded:  # tsv-m's own face has no room then
         models = len(module.parts)
         shape = coordinate_shape(module.rows, module.columns, sum(module.ranks), space or "knots")
         entries = math.prod(shape)
