@@ -48,6 +48,11 @@ class LoraUpdate:
         return self.module.weight_keys
 
     @property
+    def turned(self) -> bool:
+        """Whether the columns of the base's weight are the output features, as in embeddings."""
+        return self.transposed or self.module.kind == "embedding"
+
+    @property
     def read_bytes(self) -> int:
         """Their size."""
         return sum(self.adapter.source.tensors[key].nbytes for key in self.keys)
@@ -104,7 +109,7 @@ class LoraUpdate:
     def _with_magnitudes(self, V: torch.Tensor, m: torch.Tensor) -> torch.Tensor:
         import torch
 
-        kept = 1 if self.transposed or self.module.kind == "embedding" else 0
+        kept = 1 if self.turned else 0
         axes = tuple(axis for axis in range(V.ndim) if axis != kept)
         norms = torch.linalg.vector_norm(V, dim=axes, keepdim=True)
         if bool((norms == 0).any()):

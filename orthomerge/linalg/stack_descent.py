@@ -178,11 +178,12 @@ def adam_stack(
     eta = (rate * size.sqrt())[..., None, None]
     V, mean, square = W.clone(), torch.zeros_like(W), torch.zeros_like(W)
     for step in range(1, steps + 1):
-        gradient = 4 * ((V @ V.mT) * off) @ V + 2 * gamma * (V - W)
-        mean = 0.9 * mean + 0.1 * gradient
-        square = 0.999 * square + 0.001 * gradient.square()
-        denominator = (square / (1 - 0.999**step)).sqrt() + 1e-8
-        V = V - eta * (mean / (1 - 0.9**step)) / denominator
+        gradient = (4 * (V @ V.mT) * off) @ V
+        gradient.add_(V - W, alpha=2 * gamma)
+        mean.lerp_(gradient, 0.1)
+        square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        denominator = torch.div(square, 1 - 0.999**step, out=gradient).sqrt_().add_(1e-8)
+        V.sub_((mean * (eta / (1 - 0.9**step))).div_(denominator))
     return V
 
 

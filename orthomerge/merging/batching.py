@@ -9,7 +9,7 @@ from orthomerge.merging.plan import Plan, Task
 __all__ = ["batched_tasks"]
 
 # A batch saves Python and launches on small modules; beyond the cache it only costs memory.
-_CPU_BYTES = 16 << 20
+_CPU_BYTES = 32 << 20
 _GPU_BYTES = 1 << 30
 
 

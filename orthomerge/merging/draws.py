@@ -67,6 +67,10 @@ class Draws:
         """Return the same draws for the piece that begins at a flat index."""
         return replace(self, start=start)
 
+    def of(self, positions: Sequence[int]) -> Draws:
+        """Return the draws of some of the models, for a method that sees no others."""
+        return replace(self, models=[self.models[at] for at in positions])
+
     def by(self, method: str) -> Draws:
         """Return the draws of another method: one that runs inside this one."""
         return replace(self, method=method)

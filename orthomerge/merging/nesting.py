@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from orthomerge.merging.draws import Draws
 
-__all__ = ["nested_method", "run_nested", "unfit_nested"]
+__all__ = ["nested_choices", "nested_method", "run_nested", "unfit_nested"]
 
 
 def nested_method(
@@ -51,6 +51,27 @@ def nested_method(
             raise UnknownNameError(f"parameter of {method.name}", key, method.parameters)
     filled = {key: p.check(given.get(key, p.default)) for key, p in method.parameters.items()}
     return {"method": method.name, **filled}
+
+
+def nested_choices(
+    method: MergeMethod, parameters: Mapping[str, Any], *, deep: bool = False
+) -> list[tuple[MergeMethod, dict[str, Any]]]:
+    """Return the methods that a method's parameters name, each with all of its own.
+
+    Args:
+        method: The outer method.
+        parameters: Its parameters; null is its default, which may be none.
+        deep: Return those nested in the nested ones, too.
+    """
+    found = []
+    for name, parameter in method.parameters.items():
+        given = parameters.get(name) or parameter.default
+        if parameter.kind is dict and given:
+            choice = nested_method(name, given, parameter.nested_space)
+            inner = get_method(choice.pop("method"))
+            found.append((inner, choice))
+            found += nested_choices(inner, choice, deep=True) if deep else []
+    return found
 
 
 def _fits(method: MergeMethod, space: Space) -> bool:

@@ -249,6 +249,7 @@ class Plan:
             "seed": self.request.seed,
             "drawn_for": self.model_keys if self.method.is_random else None,
             "norm_matched": self.request.norm_matched,
+            "absent": self.request.absent,
             "heads": self.request.heads,
             "device": self.request.device,
             "output": self.output_kind,

@@ -6,6 +6,7 @@ here and not by whoever loads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,16 +16,16 @@ import torch
 from torch import Tensor
 
 from orthomerge.adapters.sources import Source, open_source
-from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.errors import VerificationError
 from orthomerge.linalg.factors import Factors
 from orthomerge.linalg.sketching import sketch
 from orthomerge.merging.engine import one_thread_per_worker
 from orthomerge.merging.plan import Plan, Task
+from orthomerge.merging.streams import TensorReader
 
 __all__ = ["verify_output"]
 
-_ROUNDINGS = 8  # of the stored dtype, or of the float32 it is read in
+_ROUNDINGS = 8  # of the float32 it is read in; what is compared has been rounded before
 
 
 def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
@@ -54,22 +55,38 @@ def verify_output(path: Path, plan: Plan, details: Mapping[str, Any]) -> None:
 
 def _verify(task: Task, source: Source, plan: Plan, details: Mapping[str, Any]) -> None:
     """Compare one module, an adapter's by its sketch, a full weight by its norm."""
-    if source.lora is None:
-        wanted = torch.tensor(details["written_norm"], dtype=torch.float64)
-        stored = source.checkpoint.read(task.name)
-        found = torch.linalg.vector_norm(stored.float(), dtype=torch.float64)
-        size = wanted.item()
-    else:
-        assert plan.lora is not None
-        wanted = torch.tensor(details["written_sketch"], dtype=torch.float64)
-        name = plan.lora.names[next(name for name in task.models if name)]
-        factors = Factors(*source.lora.factors(name, torch.float32))
-        found = sketch(factors)
-        size = float(factors.B.norm() * factors.A.norm())
-    eps = max(torch.finfo(torch_dtype(task.info.dtype)).eps, torch.finfo(torch.float32).eps)
-    tolerance = max(_ROUNDINGS * eps * size, 1e-30)
+    check = _check_weight if source.lora is None else _check_module
+    wanted, found, size = check(task, plan, source, details)
+    tolerance = max(_ROUNDINGS * torch.finfo(torch.float32).eps * size, 1e-30)
     if not torch.linalg.vector_norm(found - wanted).item() <= tolerance:  # NaN is refused
         raise _differs(task, plan, wanted, found)
+
+
+def _check_module(
+    task: Task, plan: Plan, source: Source, details: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, float]:
+    """Return the sketches of a module as it was rounded and as it is read, and its size."""
+    assert source.lora is not None
+    names = plan.lora.names if plan.lora else {}
+    name = names[next(name for name in task.models if name)]
+    factors = Factors(*source.lora.factors(name, torch.float32))
+    wanted = torch.tensor(details["written_sketch"], dtype=torch.float64)
+    return wanted, sketch(factors), float(factors.B.norm() * factors.A.norm())
+
+
+def _check_weight(
+    task: Task, plan: Plan, source: Source, details: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, float]:
+    """Return the norms of a weight as it was rounded and as it is read, a piece at a time."""
+    device, size = torch.device("cpu"), plan.piece_elements
+    reader = TensorReader(source.checkpoint, task.name, torch.float32, device, size)
+    square = 0.0
+    for start in range(0, reader.numel, size):
+        piece = reader.unchecked(start, min(size, reader.numel - start))
+        square += torch.linalg.vector_norm(piece, dtype=torch.float64).item() ** 2
+    norms = (details["written_norm"], math.sqrt(square))
+    wanted, found = (torch.tensor(norm, dtype=torch.float64) for norm in norms)
+    return wanted, found, wanted.item()
 
 
 def _differs(task: Task, plan: Plan, wanted: Tensor, found: Tensor) -> VerificationError:

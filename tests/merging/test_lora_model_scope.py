@@ -217,6 +217,6 @@ def test_memory_of_the_survey_is_part_of_the_plan() -> None:
     core = plan(modules(10), method="core", op=MODEL).survey_bytes
     assert core == int(0.05 * 10 * 8 * 8) * 4
     assert plan(modules(10), method="knots").survey_bytes == 0
-    many = modules(400)
+    many = modules(800)
     with pytest.raises(BudgetError, match="survey of the whole model"):
-        plan(many, method="knots", op=MODEL, settings={"memory_budget_bytes": 38_000})
+        plan(many, method="knots", op=MODEL, settings={"memory_budget_bytes": 78_000})

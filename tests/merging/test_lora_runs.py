@@ -118,6 +118,27 @@ def test_a_damaged_output_is_not_published(folders, tmp_path, monkeypatch) -> No
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize("form", ["lora", "full"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_few_bits_do_not_hide_a_small_damage(folders, tmp_path, monkeypatch, dtype, form) -> None:
+    """One per cent, of one tensor: what is read back is compared after rounding, not before."""
+    base = write_base(tmp_path / "base")
+    original, half = StreamingWriter.write, getattr(torch, dtype)
+    damaged_name = "layers.1.up.lora_B.weight" if form == "lora" else "layers.1.up.weight"
+
+    def damaged(self, name, start, data):
+        if name.endswith(damaged_name):
+            values = torch.frombuffer(bytearray(data), dtype=half)
+            data = memoryview((values * 1.01).view(torch.uint8).numpy())
+        original(self, name, start, data)
+
+    settings = {"base": base, "output_settings": {"dtype": dtype, "form": form}}
+    orthomerge.merge(folders, output=tmp_path / "good", **settings)
+    monkeypatch.setattr(StreamingWriter, "write", damaged)
+    with pytest.raises(VerificationError, match=r"layers\.1\.up"):
+        orthomerge.merge(folders, output=tmp_path / "out", **settings)
+
+
 def test_a_full_checkpoint_is_read_back_as_well(folders, tmp_path, monkeypatch) -> None:
     base = write_base(tmp_path / "base")
     original = StreamingWriter.write

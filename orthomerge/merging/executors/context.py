@@ -116,7 +116,8 @@ class Context:
                 deltas = [weight - origin for weight in contributions]
             self.norms.add(merged - origin, deltas, origin)
         else:
-            if self.factor != 1.0 and task.method is None:  # else it is averaged as it is
+            averaged = task.method is not None and task.parameters.get("normalize")
+            if self.factor != 1.0 and not averaged:  # as trained heads are
                 assert origin is not None
                 merged = torch.lerp(origin, merged, self.factor)
             self.emit(task.info, start, merged)

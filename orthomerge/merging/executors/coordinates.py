@@ -14,7 +14,7 @@ from torch import Tensor
 
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.factors import joined_module, read_factors
-from orthomerge.merging.lora.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora.frames import coordinate_shape, lift_of
 from orthomerge.merging.lora.lifting import lifted_coordinates
 from orthomerge.merging.plan import Task
 from orthomerge.merging.streams import HeldStream
@@ -66,7 +66,7 @@ def coordinate_streams(tasks: Sequence[Task], context: Context) -> list[Coordina
 
     modules = [joined_module(task, context) for task in tasks]
     largest = [
-        coordinate_entries(m.rows, m.columns, sum(m.ranks), space)
+        math.prod(coordinate_shape(m.rows, m.columns, sum(m.ranks), space))
         for m, space in zip(modules, spaces, strict=True)
     ]
     count = len(context.plan.models)

@@ -29,6 +29,7 @@ from orthomerge.linalg.sketching import sketch
 from orthomerge.merging.executors.context import Context
 from orthomerge.merging.executors.onto_base import (
     BaseWeight,
+    change_norm,
     merged_scales,
     module_updates,
     own_scales,
@@ -98,7 +99,7 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
         norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
             own = [_item(factors, at, batched=batched) for factors in inputs.factors]
-            _measure(task, result, own, context)
+            _measure(task, result, own, inputs, facts, context)
             if context.observe is not None:
                 context.observe(_observed(task, module, inputs, own, result, facts, context))
             details.append({})
@@ -157,11 +158,23 @@ def _stacked(parts: Sequence[Factors]) -> Factors:
     return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
 
 
-def _measure(task: Task, merged: Factors, sources: Sequence[Factors], context: Context) -> None:
+def _measure(
+    task: Task,
+    merged: Factors,
+    own: Sequence[Factors],
+    inputs: FactorInputs,
+    facts: Mapping[str, Any],
+    context: Context,
+) -> None:
     """Measure what a run without writing is for: the size of the update, or its spectrum."""
     if context.norms is not None:
-        total = concatenated(sources).norm().item()
-        context.norms.add_squares(merged.norm().item() ** 2, total**2)
+        method, scales, base = context.plan.method, inputs.scales, inputs.base
+        D = merged_scales(method, scales, inputs.weights, task.parameters, facts, 1.0)
+        update = change_norm(base, merged, D)
+        moved = [diagonal - 1 for diagonal in scales if diagonal is not None]
+        together = 1 + sum(moved[1:], moved[0]) if moved else None
+        total = change_norm(base, concatenated(own), together)
+        context.norms.add_squares(update**2, total**2)
     if context.spectra is not None:
         module = next(name for name in task.models if name)  # with a base, not the task's name
         context.spectra[module] = singular_values(merged).tolist()
@@ -204,7 +217,7 @@ def _write(
         details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
         facts["norm"] = merged.norm().item() if size is None else size
     else:
-        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, context)
+        stored, kept = _write_adapter(task, module, inputs, merged, size, scales, facts, context)
         details["written_sketch"] = sketch(stored).tolist()
         facts = {**facts, **kept}
     return {**details, "facts": facts}
@@ -217,17 +230,18 @@ def _write_adapter(
     merged: Factors,
     size: float | None,
     scales: Tensor | None,
+    facts: Mapping[str, Any],
     context: Context,
 ) -> tuple[Factors, dict[str, Any]]:
-    """Bring the product to its rank and write it; return what was written, kept and lost."""
+    """Bring the product to its rank and write it; return what was written, and facts of it."""
     assert context.plan.lora is not None
-    kept, facts = _reduced(merged, task.info.shape[0], size)
+    kept, lost = _reduced(merged, task.info.shape[0], size)
     magnitude = bias = None
     if context.plan.lora.dora:
         assert inputs.base is not None
         kept, magnitude = _with_magnitudes(kept, scales, inputs.base, task)
     elif context.plan.lora.biased and module.kind != "embedding":
-        bias = _bias(task, module, inputs, context)
+        bias = _bias(task, module, inputs, facts, context)
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
@@ -242,7 +256,8 @@ def _write_adapter(
     )
     for info in task.outputs:
         context.emit(info, 0, tensors[info.name])
-    return stored, facts
+    dtype = torch_dtype(task.info.dtype)
+    return Factors(*(X.to(dtype).to(context.compute) for X in (stored.B, stored.A))), lost
 
 
 def _reduced(merged: Factors, rank: int, size: float | None) -> tuple[Factors, dict[str, Any]]:
@@ -271,7 +286,13 @@ def _with_magnitudes(
     return Factors(B, A), m
 
 
-def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context) -> Tensor:
+def _bias(
+    task: Task,
+    module: JoinedLora,
+    inputs: FactorInputs,
+    facts: Mapping[str, Any],
+    context: Context,
+) -> Tensor:
     """Return the change of the bias, merged as the method merges a full model's biases."""
     adapters, vectors = _adapters(context), []
     for at in inputs.positions:
@@ -280,7 +301,12 @@ def _bias(task: Task, module: JoinedLora, inputs: FactorInputs, context: Context
         vectors.append(torch.zeros(module.rows, dtype=context.compute) if own is None else own)
     draws = replace(context.draws(task, inputs.positions), tensor=f"{module.name}.bias")
     merged = merge_vectors(
-        context.plan.method, vectors, weights=inputs.weights, draws=draws, **task.parameters
+        context.plan.method,
+        vectors,
+        weights=inputs.weights,
+        draws=draws,
+        measured=facts.get("scale"),
+        **task.parameters,
     )
     return merged * context.factor
 

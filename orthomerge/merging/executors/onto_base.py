@@ -20,12 +20,14 @@ from orthomerge.checkpoints.digest import hash_tensor
 from orthomerge.checkpoints.dtypes import torch_dtype
 from orthomerge.linalg.factors import Factors
 from orthomerge.merging.executors.context import Context
+from orthomerge.merging.lora.strengths import update_strength
 from orthomerge.merging.plan import Task
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.streams import TensorReader
 
 __all__ = [
     "BaseWeight",
+    "change_norm",
     "merged_scales",
     "module_updates",
     "own_scales",
@@ -55,12 +57,12 @@ class BaseWeight:
         rows, *rest = self.checkpoint.tensors[task.base].shape
         self.rows, self.columns = rows, math.prod(rest)
         first = next(update for update in module_updates(task, context) if update is not None)
-        self.turned = first.transposed or first.module.kind == "embedding"
+        self.turned = first.turned
         self._context = context
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
         """Yield (first row, rows) as stored, checked to be finite; a block lives until the next."""
-        step = max(1, self._context.plan.piece_elements // max(1, self.columns))
+        step = self._step(self.columns)
         reader = self._reader(step)
         for row in range(0, self.rows, step):
             self._context.check_stop()
@@ -71,13 +73,18 @@ class BaseWeight:
         """Yield the weight as [o, n] in blocks of rows: one row per output feature."""
         if self.turned:
             whole = self._reader(self.rows).piece(0, self.rows * self.columns)
-            yield whole.reshape(self.rows, self.columns).mT
+            turned = whole.reshape(self.rows, self.columns).mT
+            yield from torch.split(turned, self._step(self.rows))
         else:
             yield from (block for _, block in self.blocks())
 
     def digest(self) -> str:
         """Return the digest of the stored bytes."""
         return hash_tensor(self.checkpoint, self.name)
+
+    def _step(self, width: int) -> int:
+        """Return how many rows of this width are worked on at a time."""
+        return max(1, self._context.plan.piece_elements // max(1, width))
 
     def _reader(self, rows: int) -> TensorReader:
         return self._context.reader(
@@ -103,33 +110,46 @@ def merged_scales(
     facts: Mapping[str, Any],
     factor: float,
 ) -> Tensor | None:
-    """Merge the diagonals of DoRA modules: ``D = I + λ Σ w_i (D_i - I)``; None for I.
-
-    λ is the method's scale, divided by the sum of the weights if the method does so, and by that of
-    their sizes if it averages what agrees.
+    """Merge the diagonals of DoRA modules: ``D = I + c Σ w_i (D_i - I)``; None for I.
 
     Args:
         method: The method.
         scales: D_i, one per model; None for a model without magnitudes here.
         weights: w_i.
-        parameters: The method's.
+        parameters: The method's; with the weights they make c, see ``update_strength``.
         facts: What the method measured: its scale where that was left to it.
         factor: Multiplies every update, see ``UpdateNorms``.
     """
     if not any(own is not None for own in scales):
         return None
-    given = facts.get("scale", parameters.get("scale", 1.0))
-    strength = factor * float(given)
-    if method.needs_weight_sum(parameters):
-        strength /= sum(weights)
-    elif parameters.get("normalize"):
-        strength /= sum(map(abs, weights)) or 1.0
+    given = update_strength(method, parameters, weights, measured=facts.get("scale"))
+    assert given is not None  # the plan has refused what leaves it open
+    strength = factor * given
     merged: Tensor | None = None
     for own, weight in zip(scales, weights, strict=True):
         if own is not None:
             merged = torch.ones_like(own) if merged is None else merged
             merged = merged + strength * weight * (own - 1.0)
     return merged
+
+
+def change_norm(base: BaseWeight | None, change: Factors, scales: Tensor | None) -> float:
+    """Return ``||(D - I) W_0 + B A||_F``, with no dense change in memory.
+
+    Args:
+        base: W_0; not read without scales.
+        change: B A.
+        scales: The diagonal of D [o]; None for the identity.
+    """
+    if scales is None or base is None:
+        return change.norm().item()
+    square, row = 0.0, 0
+    for block in base.features():
+        here = slice(row, row + len(block))
+        by = (scales[here] - 1).to(block)[:, None]
+        square += _squared_norm(by * block + change.B[here] @ change.A)
+        row += len(block)
+    return math.sqrt(square)
 
 
 def write_weight(
@@ -158,5 +178,5 @@ def write_weight(
 
 def _squared_norm(values: Tensor) -> float:
     """Return the sum of squares, in fp64."""
-    norm: float = torch.linalg.vector_norm(values.float(), dtype=torch.float64).item()
+    norm: float = torch.linalg.vector_norm(values, dtype=torch.float64).item()
     return norm**2

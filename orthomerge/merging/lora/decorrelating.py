@@ -50,6 +50,8 @@ def do_merge(
     options = {key: settings[key] for key in _SOLVER}
     stack, facts = orthogonalise(original, settings["orthogonalise"], **options)
     norms = original.norms()
+    if settings["draws"] is not None:
+        settings["draws"] = settings["draws"].of(kept)
     merged, size = _combined(stack, original, settings)
     bound = (stack.weights.abs() * norms).sum(-1)
     cancelled = size <= _CANCELLED[merged.A.dtype] * bound
@@ -89,13 +91,8 @@ def _by_method(
     settings: Mapping[str, Any], stack: Stack, columns: Tensor | None, turned: bool
 ) -> Factors:
     """Merge by another method, which sees the updates the right way round."""
-    live = (stack.weights != 0).reshape(-1, len(stack.ranks)).any(0).tolist()
-    given = [*zip(stack.parts(columns), stack.given, strict=True)]
-    given = [both for both, lives in zip(given, live, strict=True) if lives] or given
-    parts = [part.turned() if turned else part for part, _ in given]
-    supplied = {key: settings[key] for key in ("survey", "draws")}
-    weights = [w for _, w in given]
-    merged = run_nested_factors(settings["op"], parts, weights=weights, **supplied)
+    parts = [part.turned() if turned else part for part in stack.parts(columns)]
+    merged = run_nested_factors(settings["op"], parts, weights=stack.given, draws=settings["draws"])
     return merged.turned() if turned else merged
 
 

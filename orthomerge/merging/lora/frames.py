@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from orthomerge.merging.registry import MergeMethod
 
-__all__ = ["Lift", "coordinate_entries", "lift_of"]
+__all__ = ["Lift", "coordinate_shape", "lift_of"]
 
 Lift = Literal["knots", "knots-rows", "core"]
 
@@ -21,8 +21,8 @@ def lift_of(method: MergeMethod, parameters: Mapping[str, Any]) -> Lift:
     return "knots" if method.lift is None else method.lift(parameters)
 
 
-def coordinate_entries(rows: int, columns: int, rank: int, space: Lift) -> int:
-    """Return how many entries one model's coordinates of a module have at most.
+def coordinate_shape(rows: int, columns: int, rank: int, space: Lift) -> tuple[int, int]:
+    """Return the largest shape that one model's coordinates of a module can have.
 
     Args:
         rows: o.
@@ -30,8 +30,8 @@ def coordinate_entries(rows: int, columns: int, rank: int, space: Lift) -> int:
         rank: Σ r_i.
         space: Which coordinates.
 
-    >>> coordinate_entries(8, 6, 4, "knots"), coordinate_entries(8, 6, 4, "core")
-    (24, 16)
+    >>> coordinate_shape(8, 6, 4, "knots"), coordinate_shape(8, 6, 4, "core")
+    ((4, 6), (4, 4))
     """
     left, right = min(rank, rows), min(rank, columns)
-    return {"knots": left * columns, "knots-rows": right * rows, "core": left * right}[space]
+    return {"knots": (left, columns), "knots-rows": (right, rows), "core": (left, right)}[space]

@@ -16,6 +16,7 @@ from orthomerge.errors import RecipeError
 from orthomerge.linalg.factors import Factors, balanced
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.lora.frames import Lift
+from orthomerge.merging.lora.strengths import update_strength
 from orthomerge.merging.nesting import nested_method, run_nested
 from orthomerge.merging.registry import Merged, MergeMethod, get_method
 from orthomerge.merging.spaces import Space
@@ -182,22 +183,27 @@ def merge_vectors(
     *,
     weights: Sequence[float],
     draws: Any = None,
+    measured: float | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Merge vectors that go along with factors, biases, as the method merges a full model's.
 
-    Methods of low-rank factors know no vectors: theirs are ``Σ w_i v_i``.
+    Methods of low-rank factors know no vectors: theirs are ``c Σ w_i v_i``, see
+    ``update_strength``.
 
     Args:
         method: The method that merged the factors.
         vectors: v_i, one per model.
         weights: One per model.
         draws: Random numbers.
+        measured: The method's λ, where that was left to it.
         **parameters: The method's.
     """
     zero = torch.zeros_like(vectors[0])
     if method.space is Space.FACTORS:
-        return sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
+        strength = update_strength(method, parameters, weights, measured=measured)
+        assert strength is not None  # the plan has refused what leaves it open
+        return strength * sum((w * v for w, v in zip(weights, vectors, strict=True)), zero)
     if method.space is Space.WEIGHT:
         merged: Tensor = method.call(vectors, weights=weights, **parameters).tensor
         return merged
@@ -210,7 +216,6 @@ def run_nested_factors(
     factors: Sequence[Factors],
     *,
     weights: Sequence[float],
-    survey: Any = None,
     draws: Any = None,
 ) -> Factors:
     """Merge factors with the method a nested parameter names; a batch is taken item by item.
@@ -219,13 +224,12 @@ def run_nested_factors(
         choice: The nested parameter's value; what it leaves open has its default.
         factors: One per model, of one module or with one leading axis of modules.
         weights: One per model.
-        survey: The method's survey of the whole model; None to look at these factors alone.
         draws: Random numbers.
     """
     choice = nested_method("op", choice, Space.FACTORS)
     method = get_method(choice["method"])
     given = {key: item for key, item in choice.items() if key != "method"}
-    arguments = {"weights": weights, "survey": survey, "draws": draws, **given}
+    arguments = {"weights": weights, "draws": draws, **given}
     if factors[0].B.ndim == 2 or method.batched:
         return _product(merge_factors(method, factors, **arguments))
     parts = [

@@ -28,7 +28,6 @@ def do_merging(
     factors: Sequence[Factors],
     *,
     weights: Sequence[float],
-    survey: Any = None,
     draws: Any = None,
     preset: Literal["robust", "paper"] = "robust",
     orthogonalise: Literal["lowdin", "lbfgs", "gd", "adam", "ridge", "none"] | None = None,
@@ -57,7 +56,7 @@ def do_merging(
     Args:
         factors: B_i [o, r_i], A_i [r_i, n], one update per model.
         weights: w_i, of either sign; only its size counts for ᾱ.
-        survey: Of the whole model, for F; likewise draws.
+        draws: Random numbers, for F.
         preset: Decides what is null: robust, or paper, where what it leaves open is inferred.
         orthogonalise: Closed form lowdin, or ridge; lbfgs, gd or adam minimise the overlap; none.
         target: Which side; auto spares one that all share (mean principal cosine above 0.9).

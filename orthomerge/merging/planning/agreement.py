@@ -13,27 +13,32 @@ from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import MergeRequest
 
-__all__ = ["agreement_problems", "module_problems"]
+__all__ = ["absent_problems", "agreement_problems", "base_problems", "module_problems"]
 
 
-def agreement_problems(
-    request: MergeRequest, adapters: Sequence[LoraAdapter]
-) -> list[OrthoMergeError]:
-    """Return why these adapters are not of one base model and one format."""
-    problems: list[OrthoMergeError] = []
+def base_problems(request: MergeRequest, adapters: Sequence[LoraAdapter]) -> list[OrthoMergeError]:
+    """Return why these adapters are not of one base model, by the names that they give it."""
     bases = {a.origin: a.config.values.get("base_model_name_or_path") for a in adapters}
     names = {
         PurePosixPath(str(base).rstrip("/")).name.casefold() for base in bases.values() if base
     }
     if len(names) > 1 and not request.assume_same_base:
-        problems.append(
+        return [
             AdapterError(
                 "the adapters name different base models",
                 found=", ".join(f"{base} ({origin})" for origin, base in bases.items()),
                 remedy="Merge adapters of one base. If these are one model under several names, "
                 "pass --assume-same-base.",
             )
-        )
+        ]
+    return []
+
+
+def agreement_problems(
+    request: MergeRequest, adapters: Sequence[LoraAdapter]
+) -> list[OrthoMergeError]:
+    """Return why these adapters are not of one base model and one format."""
+    problems = base_problems(request, adapters)
     styles = {adapter.style: adapter.origin for adapter in adapters}
     if len(styles) > 1:
         problems.append(
@@ -82,13 +87,21 @@ def module_problems(
                 remedy="Pass --as full.",
             )
         )
-    absent = [m.name for m in modules.values() if None in m.parts]
-    if absent and request.absent == "error":
-        problems.append(
-            RecipeError(
-                f"{len(absent)} of {len(modules)} modules are not in every adapter",
-                tensor=absent[0],
-                remedy="Pass --absent zero or skip.",
-            )
-        )
+    problems += absent_problems(request, modules)
     return problems
+
+
+def absent_problems(
+    request: MergeRequest, modules: Mapping[str, JoinedLora]
+) -> list[OrthoMergeError]:
+    """Return that some modules are not in every adapter, if that is to be refused."""
+    absent = [name for name, module in modules.items() if None in module.parts]
+    if not absent or request.absent != "error":
+        return []
+    return [
+        RecipeError(
+            f"{len(absent)} of {len(modules)} modules are not in every adapter",
+            tensor=absent[0],
+            remedy="Pass --absent zero or skip.",
+        )
+    ]

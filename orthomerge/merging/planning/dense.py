@@ -14,6 +14,7 @@ from orthomerge.checkpoints.folder import is_tied, read_config, tied_alias
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError, RecipeError, TensorMismatchError
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task, TaskKind
+from orthomerge.merging.planning.agreement import absent_problems, base_problems
 from orthomerge.merging.planning.draft import (
     Draft,
     Settings,
@@ -24,7 +25,7 @@ from orthomerge.merging.planning.draft import (
     rule_problems,
     weight_sum_problem,
 )
-from orthomerge.merging.planning.factored import factored_task
+from orthomerge.merging.planning.factored import factored_task, joined_updates
 from orthomerge.merging.planning.files import add_model_files
 from orthomerge.merging.planning.memory import peak_bytes
 from orthomerge.merging.planning.model_scope import check_model_survey
@@ -49,6 +50,7 @@ def draft_tasks(
     if draft.problems:
         return draft
     draft.changes = tuple(view.changes for view in views)
+    draft.problems += base_problems(request, [m.lora for m in models if m.lora is not None])
     if base is not None:
         views.insert(0, View(base, base.checkpoint.tensors))
     tied = _resolve_tie([v.source for v in views if v.changes is None], draft)
@@ -57,6 +59,8 @@ def draft_tasks(
     draft.problems += rule_problems(request, method, rows)
     for name, row in rows.items():
         draft.tasks += _draft_task(request, method, name, row, views, layers, draft)
+    if method.space is Space.FACTORS:
+        draft.problems += absent_problems(request, joined_updates(views))
     check_model_survey(request, draft)
     add_model_files(sources[0], draft)
     return draft
@@ -209,7 +213,7 @@ def _draft_task(
         read_bytes=read,
     )
     if method.space is Space.FACTORS:
-        task = factored_task(task, method, views, draft)
+        task = factored_task(request, task, method, views, draft)
     return [task]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.checkpoints.dtypes import FLOAT_DTYPES, dtype_from_name
 from orthomerge.errors import OrthoMergeError, RecipeError
+from orthomerge.merging.nesting import nested_choices
 from orthomerge.merging.plan import MergeRequest, Task
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap, unmatched_rules, value_for
@@ -121,11 +122,14 @@ def weight_sum_problem(
 ) -> OrthoMergeError | None:
     """Return the problem of weights that sum to zero where the method divides by their sum."""
     taking_part = [w for w, here in zip(settings.weights, present, strict=True) if here]
-    if method.uses_weights and method.needs_weight_sum(settings.parameters):
-        total = sum(taking_part)
-        if abs(total) <= 1e-9 * max(map(abs, taking_part), default=0.0) or total == 0.0:
+    total = sum(taking_part)
+    if abs(total) > 1e-9 * max(map(abs, taking_part), default=0.0):
+        return None
+    given = settings.parameters
+    for each, own in [(method, given), *nested_choices(method, given, deep=True)]:
+        if each.uses_weights and each.needs_weight_sum(own):
             return RecipeError(
-                f"the weights sum to zero and {method.name} divides by their sum",
+                f"the weights sum to zero and {each.name} divides by their sum",
                 tensor=name,
                 found=", ".join(f"{weight:g}" for weight in taking_part),
                 remedy="Change the weights, or switch the normalisation off where there is one.",

@@ -14,7 +14,7 @@ from orthomerge.adapters.lora_renaming import converted_module
 from orthomerge.adapters.lora_styles import LoraStyle, component_of
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
-from orthomerge.checkpoints.dtypes import ITEM_SIZES, dtype_from_name
+from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError
 from orthomerge.merging.lora.modules import JoinedLora, joined_lora
@@ -30,7 +30,7 @@ from orthomerge.merging.planning.draft import (
     rule_problems,
     weight_sum_problem,
 )
-from orthomerge.merging.planning.memory import factors_bytes
+from orthomerge.merging.planning.memory import base_bytes, factors_bytes
 from orthomerge.merging.planning.model_scope import check_factored, check_model_survey
 from orthomerge.merging.planning.views import open_views
 from orthomerge.merging.registry import MergeMethod
@@ -68,7 +68,7 @@ def draft_tasks(
     for module in modules.values():
         task = _factors_task(request, method, module, adapters, layers, draft)
         onto = weights[module.name] if draft.lora.dora else None
-        draft.tasks.append(task if onto is None else _with_base(task, onto, draft))
+        draft.tasks.append(task if onto is None else _with_base(task, *onto, draft))
     check_model_survey(request, draft)
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
@@ -83,14 +83,17 @@ def draft_tasks(
 
 def _base_weights(
     models: Sequence[Source], base: Source | None, draft: Draft
-) -> dict[str, TensorInfo]:
-    """Return the base's weight of each module, and check that the adapters fit them."""
+) -> dict[str, tuple[TensorInfo, bool]]:
+    """Return the base's weight of each module and whether its columns are output features.
+
+    Adapters that do not fit it are reported.
+    """
     if base is None or draft.problems:
         return {}
     views = open_views(models, base, draft.problems)
     draft.changes = tuple(view.changes for view in views)
     return {
-        update.module.name: base.checkpoint.tensors[name]
+        update.module.name: (base.checkpoint.tensors[name], update.turned)
         for changes in draft.changes
         if changes is not None
         for name, update in changes.updates.items()
@@ -98,10 +101,9 @@ def _base_weights(
     }
 
 
-def _with_base(task: Task, weight: TensorInfo, draft: Draft) -> Task:
+def _with_base(task: Task, weight: TensorInfo, turned: bool, draft: Draft) -> Task:
     """Let a task read the base's weight, for DoRA's norms."""
-    lifted = weight.numel * ITEM_SIZES[draft.compute_dtype]
-    peak = task.peak_bytes + 2 * min(lifted, 4 * draft.piece_elements * 8)
+    peak = task.peak_bytes + base_bytes(weight, draft, turned=turned)
     read = task.read_bytes + weight.nbytes
     return replace(task, base=weight.name, batch=None, peak_bytes=peak, read_bytes=read)
 
@@ -176,7 +178,8 @@ def _factors_task(
     settings = resolve_settings(request, method, module.name, layers)
     present = [part is not None or request.absent == "zero" for part in module.parts]
     problem = weight_sum_problem(method, settings, present, module.name)
-    draft.problems += [problem] if problem else []
+    if problem:
+        draft.report_once(problem)
     info, *partners = draft.lora.infos(module.name, draft.lora.bounds[module.name])
     # A nested method sees one module at a time, with random numbers of its own.
     alone = not method.batched or any(isinstance(v, Mapping) for v in settings.parameters.values())
@@ -188,7 +191,7 @@ def _factors_task(
         base=None,
         weights=settings.weights,
         parameters=settings.parameters,
-        peak_bytes=factors_bytes(module, method, draft.compute_dtype),
+        peak_bytes=factors_bytes(module, method, settings.parameters, draft.compute_dtype),
         read_bytes=sum(
             adapter.source.tensors[key].nbytes
             for adapter, part in zip(adapters, module.parts, strict=True)

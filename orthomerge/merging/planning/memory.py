@@ -1,21 +1,25 @@
-"""How much working memory a task of a merge of full weights needs, from headers."""
+"""How much working memory a task of a merge needs, from headers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.checkpoints.header import TensorInfo
+from orthomerge.merging.lora.frames import Lift, coordinate_shape, lift_of
 from orthomerge.merging.lora.modules import JoinedLora
+from orthomerge.merging.nesting import nested_choices
 from orthomerge.merging.plan import TaskKind
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.views import View
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.roles import tensor_role
 
-__all__ = ["SURVEY_SHARE", "factors_bytes", "peak_bytes"]
+__all__ = ["SURVEY_SHARE", "base_bytes", "factors_bytes", "peak_bytes"]
 
+_CORE = 8  # bytes of a float64
 _TEMPORARIES = 8  # compute-dtype pieces a method may hold beside its inputs
 SURVEY_SHARE = 0.05  # of a tensor's entries that a survey may collect
 
@@ -47,11 +51,53 @@ def peak_bytes(
     return held + piece * per_element + collected
 
 
-def factors_bytes(module: JoinedLora, method: MergeMethod, compute_dtype: str) -> int:
-    """Return the working memory of one task of a merge of low-rank factors."""
+def factors_bytes(
+    module: JoinedLora, method: MergeMethod, parameters: Mapping[str, Any], compute_dtype: str
+) -> int:
+    """Return the working memory of one task of a merge of low-rank factors.
+
+    Factors that are merged as they are exist several times over while they are read, joined,
+    multiplied, rounded; in coordinates or by nested methods in float64 as well.
+    """
     rank, size = sum(module.ranks), module.rows + module.columns
-    copies = 4 if method.factors is not None else 8  # coordinates are made and merged in fp64
-    return (size * rank * copies + 12 * rank**2) * ITEM_SIZES[compute_dtype]
+    item = ITEM_SIZES[compute_dtype]
+    alone = method.factors is not None and not nested_choices(method, parameters)
+    held = size * rank * (8 if alone else 12) * item + 24 * rank**2 * _CORE
+    return held + _coordinate_bytes(module, method, parameters, item)
+
+
+def base_bytes(weight: TensorInfo, draft: Draft, *, turned: bool) -> int:
+    """Return the working memory in which a module's weight is read from the base and changed.
+
+    Args:
+        weight: The weight.
+        draft: The plan in the making.
+        turned: Its columns are the output features: DoRA's norms need it whole.
+    """
+    whole = weight.numel * (ITEM_SIZES[weight.dtype] + 2 * ITEM_SIZES[draft.compute_dtype])
+    pieces = 16 * _CORE * draft.piece_elements
+    return whole + pieces if turned else min(whole, pieces)
+
+
+def _coordinate_bytes(
+    module: JoinedLora,
+    method: MergeMethod,
+    parameters: Mapping[str, Any],
+    item: int,
+    space: Lift | None = None,
+) -> int:
+    """Return what methods of task vectors hold that run on coordinates, this one or nested ones."""
+    needed = 0
+    if space or method.factors is None:
+        models = len(module.parts)
+        shape = coordinate_shape(module.rows, module.columns, sum(module.ranks), space or "knots")
+        entries = math.prod(shape)
+        own = method.workspace(shape, models) if method.workspace else (models + 3) * entries
+        needed = models * entries * item + max(models * entries * _CORE, own * item)
+    inner_space = None if method.lift is None else lift_of(method, parameters)
+    for inner, given in nested_choices(method, parameters):
+        needed += _coordinate_bytes(module, inner, given, item, inner_space)
+    return needed
 
 
 def _workspace(method: MergeMethod, info: TensorInfo, models: int) -> int:

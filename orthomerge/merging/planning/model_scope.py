@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
 from orthomerge.errors import RecipeError
-from orthomerge.merging.lora.frames import coordinate_entries, lift_of
+from orthomerge.merging.lora.frames import coordinate_shape, lift_of
 from orthomerge.merging.lora.modules import JoinedLora
+from orthomerge.merging.lora.strengths import update_strength
+from orthomerge.merging.nesting import nested_choices
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import SURVEY_SHARE
@@ -67,13 +70,35 @@ def check_factored(method: MergeMethod, task: Task, module: JoinedLora, draft: D
     nested = _nested_problem(method, task.parameters)
     if nested:
         draft.report_once(nested)
+    for each, given in [
+        (method, task.parameters),
+        *nested_choices(method, task.parameters, deep=True),
+    ]:
+        if each.unfit and (problem := each.unfit((module.rows, module.columns), "linear", given)):
+            draft.report_once(RecipeError(problem, tensor=module.name))
+    if (module.dora or module.biased) and not _known_strength(method, task):
+        draft.report_once(
+            RecipeError(
+                "magnitudes and biases need the nested method's scale before it runs",
+                tensor=module.name,
+                remedy="Give the nested method a number for its scale.",
+            )
+        )
     unfit = method.unfit_ranks(module.ranks) if method.unfit_ranks else None
     if unfit:
         remedy = "Use a method that takes any ranks: task-arithmetic."
         draft.report_once(RecipeError(unfit, tensor=module.name, remedy=remedy))
-    draft.surveyed_entries[task.name] = coordinate_entries(
-        module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+    draft.surveyed_entries[task.name] = math.prod(
+        coordinate_shape(
+            module.rows, module.columns, sum(module.ranks), lift_of(method, task.parameters)
+        )
     )
+
+
+def _known_strength(method: MergeMethod, task: Task) -> bool:
+    """Return whether magnitudes and biases can follow; the outer method measures its own scale."""
+    weights = [1.0] * len(task.models)
+    return update_strength(method, task.parameters, weights, measured=1.0) is not None
 
 
 def _nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> RecipeError | None:

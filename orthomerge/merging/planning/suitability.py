@@ -33,7 +33,7 @@ def source_problems(
     """Return everything about the sources that this method, or this output, cannot deal with."""
     problems: list[OrthoMergeError] = []
     problems += _count_problems(method, len(models))
-    problems += _form_problems(request, models, base, route)
+    problems += _form_problems(request, method, models, base, route)
     if method.needs_base and base is None and route != "factors":
         problems.append(
             RecipeError(
@@ -78,7 +78,11 @@ def _count_problems(method: MergeMethod, count: int) -> list[OrthoMergeError]:
 
 
 def _form_problems(
-    request: MergeRequest, models: Sequence[Source], base: Source | None, route: Route
+    request: MergeRequest,
+    method: MergeMethod,
+    models: Sequence[Source],
+    base: Source | None,
+    route: Route,
 ) -> list[OrthoMergeError]:
     """Return why the output cannot have the form or rank that was asked for."""
     problems: list[OrthoMergeError] = []
@@ -104,6 +108,7 @@ def _form_problems(
                 remedy="Merge LoRA adapters with --as lora, or leave --rank out.",
             )
         )
+    problems += _unused_problems(request, method, route)
     head = request.heads.partition(":")[2]
     if head and not 1 <= int(head) <= len(models):
         problems.append(
@@ -111,6 +116,38 @@ def _form_problems(
                 "heads keep:N names a model by its place",
                 expected=f"1 to {len(models)}",
                 found=request.heads,
+            )
+        )
+    return problems
+
+
+def _unused_problems(
+    request: MergeRequest, method: MergeMethod, route: Route
+) -> list[OrthoMergeError]:
+    """Return a problem for each setting that nothing on this route would look at."""
+    problems: list[OrthoMergeError] = []
+    if route != "factors" and (request.style != "auto" or request.component is not None):
+        problems.append(
+            RecipeError(
+                "only a merged LoRA adapter has a style or a component",
+                remedy="Merge LoRA adapters with --as lora, or leave --style out.",
+            )
+        )
+    separate = route == "factors" or (route == "full" and method.space is Space.FACTORS)
+    if request.absent != "zero" and not separate:
+        problems.append(
+            RecipeError(
+                f"{method.name} merges whole models here, in which no module is absent",
+                found=f"absent: {request.absent}",
+                remedy="Leave --absent out, or merge LoRA adapters with --as lora.",
+            )
+        )
+    if request.heads != "average" and route == "full":
+        problems.append(
+            RecipeError(
+                f"{method.name} merges trained heads as it merges all weights here",
+                found=f"heads: {request.heads}",
+                remedy="Leave --heads out, or merge adapters alone.",
             )
         )
     return problems
