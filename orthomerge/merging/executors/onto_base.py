@@ -73,8 +73,8 @@ class BaseWeight:
         """Yield the weight as [o, n] in blocks of rows: one row per output feature."""
         if self.turned:
             whole = self._reader(self.rows).piece(0, self.rows * self.columns)
-            features = whole.reshape(self.rows, self.columns).mT
-            yield from torch.split(features, self._step(self.rows))
+            turned = whole.reshape(self.rows, self.columns).mT
+            yield from torch.split(turned, self._step(self.rows))
         else:
             yield from (block for _, block in self.blocks())
 
