@@ -228,3 +228,17 @@ def test_threads_share_one_merge() -> None:
         thread.join()
     assert len(found) == 2
     assert all(torch.equal(result[name], wanted[name]) for result in found for name in wanted)
+
+
+def test_random_masks_do_not_depend_on_how_the_result_is_written(folders, tmp_path) -> None:
+    """A module's masks are its own: in an adapter, in another format, and on a base."""
+    from safetensors.torch import load_file
+
+    base = write_base(tmp_path / "base")
+    arguments = {"method": "knots", "op": {"method": "dare", "density": 0.5}}
+    alone = orthomerge.merge(folders, output=tmp_path / "alone", **arguments).output
+    full = orthomerge.merge(folders, base=base, output=tmp_path / "full", **arguments).output
+    before, after = (load_file(path / "model.safetensors") for path in (base, full))
+    for name, change in read_changes(alone).items():
+        found = after[f"{name}.weight"].double() - before[f"{name}.weight"].double()
+        torch.testing.assert_close(found, change, rtol=1e-4, atol=1e-4)
