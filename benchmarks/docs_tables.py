@@ -21,6 +21,7 @@ __all__ = ["main", "pages", "rendered"]
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 _MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_IMBALANCED = "task_merges_imbalanced.json"
 _UNITS = {"wall_seconds": 1.0, "cpu_seconds": 1.0, "peak_rss_bytes": 1e-6}
 
 
@@ -159,9 +160,10 @@ def made_by(result: Mapping[str, Any]) -> list[str]:
     inputs, notes = result.get("inputs"), result.get("notes", [])
     known = [f"{key.replace('_', ' ')} {value}" for key, value in result["machine"].items()]
     threads = f"; {result['threads']} thread(s) of torch" if "threads" in result else ""
+    rounds = f"; {result['rounds']} round(s)" if "rounds" in result else ""
     tools = {**result["versions"], **(result.get("mergekit_versions") or {})}
     lines = [
-        f"* Machine: {'; '.join(known)}{threads}; {result['rounds']} round(s).",
+        f"* Machine: {'; '.join(known)}{threads}{rounds}.",
         f"* Versions: {', '.join(f'{name} {version}' for name, version in tools.items())}.",
         f"* Command: `{result['command']}`.",
         *(f"* {note}" for note in notes),
@@ -223,9 +225,10 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "peft-defects-made-by": ("peft_defects.json", made_by),
     "tasks-lora-untuned": ("task_merges.json", task_families("lora", "untuned")),
     "tasks-lora-tuned": ("task_merges.json", task_families("lora", "tuned")),
-    "tasks-imbalanced-untuned": ("task_merges.json", task_families("lora_imb", "untuned")),
-    "tasks-imbalanced-tuned": ("task_merges.json", task_families("lora_imb", "tuned")),
-    "tasks-made-by": ("task_merges.json", made_by),
+    "tasks-lora-made-by": ("task_merges.json", made_by),
+    "tasks-imbalanced-untuned": (_IMBALANCED, task_families("lora_imb", "untuned")),
+    "tasks-imbalanced-tuned": (_IMBALANCED, task_families("lora_imb", "tuned")),
+    "tasks-imbalanced-made-by": (_IMBALANCED, made_by),
     "real-finetune": ("real_finetune.json", finetune_table),
     "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }

@@ -123,8 +123,8 @@ def _on_sizes(total: TotalComparison, matters: bool) -> Iterator[str]:
 
 
 _TRADE = (
-    "Expect it to move accuracy from the loud tasks to the quiet ones, not to raise the mean; set "
-    "it only if that is what you want."
+    "Expect it to move accuracy from the loud tasks to the quiet ones; whether the mean gains "
+    "differs from case to case, so measure it."
 )
 
 

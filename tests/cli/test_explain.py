@@ -79,7 +79,7 @@ def test_tables_and_verdict_and_nothing_written(factors, run, tmp_path) -> None:
     assert "→ 0.00" in out  # overlap before and after
     last = out.strip().splitlines()[-1]
     assert last.startswith("verdict  Adapter 1 is ")
-    assert "not to raise the mean" in last
+    assert "whether the mean gains" in last
 
 
 def test_json_is_one_object_with_everything(factors, run, tmp_path) -> None:
