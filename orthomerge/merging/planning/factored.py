@@ -11,6 +11,7 @@ from dataclasses import replace
 from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.plan import Task
+from orthomerge.merging.planning.carried import mean_weights
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import factors_bytes
 from orthomerge.merging.planning.model_scope import check_factored
@@ -50,5 +51,8 @@ def factored_task(task: Task, method: MergeMethod, views: Sequence[View], draft:
         name if here or not any(replaced) else None
         for name, here in zip(task.models, replaced, strict=True)
     )
+    weights = task.weights
+    if any(replaced):
+        weights = mean_weights(weights, replaced, task.name, draft)
     sum_or_mean = {"scale": 1.0, "normalize": any(replaced)}
-    return replace(task, method=_SUM, parameters=sum_or_mean, models=models)
+    return replace(task, method=_SUM, parameters=sum_or_mean, models=models, weights=weights)
