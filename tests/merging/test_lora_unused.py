@@ -18,8 +18,6 @@ FEWER = dict(list(MODULES.items())[:3])
     ("settings", "words"),
     [
         ({"output_settings": {"style": "kohya"}}, "only a merged LoRA adapter has a style"),
-        ({"adapter_settings": {"heads": "keep:1"}}, "as it merges all weights"),
-        ({"adapter_settings": {"heads": "error"}}, "as it merges all weights"),
     ],
 )
 def test_what_full_weights_do_not_have_is_refused(method, settings, words) -> None:

@@ -13,19 +13,13 @@ from orthomerge.adapters.lora import LoraAdapter
 from orthomerge.adapters.rotated import RotationAdapter
 from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.errors import AdapterError
+from orthomerge.errors import AdapterError, RecipeError
 from orthomerge.merging.plan import MergeRequest, Task, TaskKind
-from orthomerge.merging.planning.draft import (
-    Draft,
-    Settings,
-    is_float,
-    resolve_settings,
-    weight_sum_problem,
-)
+from orthomerge.merging.planning.draft import Draft, is_float, resolve_settings
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
-__all__ = ["carried_names", "carried_task", "copy_task"]
+__all__ = ["carried_names", "carried_task", "copy_task", "mean_weights", "shared_head"]
 
 _AVERAGE = "linear"
 _Adapter = RotationAdapter | LoraAdapter
@@ -57,7 +51,8 @@ def carried_task(
     keys = tuple(adapter.others.get(name) for adapter in adapters)
     if sum(key is not None for key in keys) > 1:
         if request.heads == "error":
-            draft.report_once(_shared_head(name, adapters))
+            origins = [adapter.origin for adapter in adapters if name in adapter.others]
+            draft.report_once(shared_head(name, origins))
             return []
         keep = int(request.heads.partition(":")[2] or 0)
         kept = keys[keep - 1] if keep else None
@@ -79,20 +74,41 @@ def carried_task(
         return []
     dtype = dtype_from_name(request.dtype) if request.dtype else info.dtype
     known = info.name if info.name in layers.positions else name
-    weights = resolve_settings(request, method, known, layers).weights
-    settings = Settings(weights, {"normalize": True})
-    problem = weight_sum_problem(method, settings, [key is not None for key in keys], name)
-    draft.problems += [problem] if problem else []
+    given = resolve_settings(request, method, known, layers).weights
+    weights = mean_weights(given, [key is not None for key in keys], name, draft)
     peak = draft.piece_elements * 4 * (2 * len(infos) + 4)
     read = sum(entry.nbytes for entry in infos)
     out = TensorInfo(info.name, dtype, info.shape)
     return [Task(out, "merge", keys, None, weights, {"normalize": True}, peak, read, _AVERAGE)]
 
 
-def _shared_head(name: str, adapters: Sequence[_Adapter]) -> AdapterError:
+def mean_weights(
+    weights: tuple[float, ...], present: Sequence[bool], name: str, draft: Draft
+) -> tuple[float, ...]:
+    """Return the weights of the mean of a whole tensor, and report those that have no mean.
+
+    A tensor that one adapter carries is its own mean, whatever that adapter's weight.
+    """
+    taking_part = [weight for weight, here in zip(weights, present, strict=True) if here]
+    if len(taking_part) < 2:
+        return (1.0,) * len(weights)
+    if abs(sum(taking_part)) <= 1e-9 * max(map(abs, taking_part)):
+        draft.report_once(
+            RecipeError(
+                "trained heads have no mean under weights that sum to zero",
+                tensor=name,
+                found=", ".join(f"{weight:g}" for weight in taking_part),
+                remedy="Keep those of one model with --heads keep:N, or change the weights.",
+            )
+        )
+    return weights
+
+
+def shared_head(name: str, origins: Sequence[str]) -> AdapterError:
+    """Return the problem of a whole tensor that several adapters carry, where that is refused."""
     return AdapterError(
         "several adapters carry a whole tensor of their own here",
         tensor=name,
-        found=", ".join(adapter.origin for adapter in adapters if name in adapter.others),
+        found=", ".join(origins),
         remedy="Average them with --heads average, or keep those of model N with --heads keep:N.",
     )

@@ -14,6 +14,7 @@ from orthomerge.errors import RecipeError
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.lora.strengths import update_strength
 from orthomerge.merging.plan import MergeRequest, Task
+from orthomerge.merging.planning.carried import mean_weights
 from orthomerge.merging.planning.draft import Draft, Settings, weight_sum_problem
 from orthomerge.merging.planning.memory import base_bytes, factors_bytes
 from orthomerge.merging.planning.model_scope import check_factored
@@ -58,12 +59,14 @@ def factored_task(
         name if here or not any(replaced) else None
         for name, here in zip(task.models, replaced, strict=True)
     )
-    parameters = {"scale": 1.0, "normalize": True}
-    if not any(replaced):
+    parameters, weights = {"scale": 1.0, "normalize": True}, task.weights
+    if any(replaced):
+        weights = mean_weights(weights, replaced, task.name, draft)
+    else:
         zero = request.absent == "zero"
         present = [zero or update is not None for update in updates]
         parameters = {"scale": _strength(task, method, present, draft), "normalize": False}
-    return replace(task, method=_SUM, parameters=parameters, models=models)
+    return replace(task, method=_SUM, parameters=parameters, models=models, weights=weights)
 
 
 def joined_updates(views: Sequence[View]) -> dict[str, JoinedLora]:

@@ -142,14 +142,6 @@ def _unused_problems(
                 remedy="Leave --absent out, or merge LoRA adapters with --as lora.",
             )
         )
-    if request.heads != "average" and route == "full":
-        problems.append(
-            RecipeError(
-                f"{method.name} merges trained heads as it merges all weights here",
-                found=f"heads: {request.heads}",
-                remedy="Leave --heads out, or merge adapters alone.",
-            )
-        )
     return problems
 
 
