@@ -37,7 +37,7 @@ class MergedModule:
     @property
     def name(self) -> str:
         """Module path."""
-        return next(name for name in self.task.models if name is not None)
+        return self.task.module
 
     @property
     def scale(self) -> float | None:

@@ -154,6 +154,11 @@ class Task:
         return self.info.name
 
     @property
+    def module(self) -> str:
+        """Path of the adapters' module it merges, for a task of modules; some model has it."""
+        return next(name for name in self.models if name is not None)
+
+    @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         """Every tensor it makes, its own first."""
         return (self.info, *self.partners)

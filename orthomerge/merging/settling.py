@@ -40,7 +40,6 @@ def settled(plan: Plan) -> Plan:
 def _with_rank(task: Task, plan: Plan, ranks: Mapping[str, int]) -> Task:
     if task.kind != "factors" or plan.lora is None:
         return task
-    name = next(name for name in task.models if name is not None)
-    info, *partners = plan.lora.infos(name, ranks[name])
+    info, *partners = plan.lora.infos(task.module, ranks[task.module])
     batch = None if task.batch is None else (task.batch, info.shape)
     return replace(task, info=info, partners=tuple(partners), batch=batch)

@@ -68,8 +68,7 @@ def _check_module(
     """Return the sketches of a module as it was rounded and as it is read, and its size."""
     assert source.lora is not None
     names = plan.lora.names if plan.lora else {}
-    name = names[next(name for name in task.models if name)]
-    factors = Factors(*source.lora.factors(name, torch.float32))
+    factors = Factors(*source.lora.factors(names[task.module], torch.float32))
     wanted = torch.tensor(details["written_sketch"], dtype=torch.float64)
     return wanted, sketch(factors), float(factors.B.norm() * factors.A.norm())
 

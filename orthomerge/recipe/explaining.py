@@ -40,8 +40,7 @@ class Explainable:
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that are shown, by path, in the order of the output."""
-        tasks = (task for task in self.observed.tasks if task.kind == "factors")
-        return tuple(next(name for name in task.models if name is not None) for task in tasks)
+        return tuple(task.module for task in self.observed.tasks if task.kind == "factors")
 
 
 def explainable(recipe: MergeRecipe) -> Explainable:

@@ -80,8 +80,7 @@ class Context:
         keys = self.plan.model_keys
         method = task.method or self.plan.method.name
         # A LoRA module's own name: how it is stored, and whether in a base, does not matter.
-        module = next((name for name in task.models if name), task.name)
-        name = module if task.kind == "factors" else task.name
+        name = task.module if task.kind == "factors" else task.name
         return Draws(self.plan.request.seed, method, name, [keys[at] for at in positions])
 
     def reader(

@@ -139,7 +139,7 @@ def read_factors(tasks: Sequence[Task], context: Context, *, hashing: bool = Fal
 def joined_module(task: Task, context: Context) -> JoinedLora:
     """Return the module that a task merges, over all adapters."""
     if task.base is None:
-        return join_lora(next(name for name in task.models if name), _adapters(context))
+        return join_lora(task.module, _adapters(context))
     updates = module_updates(task, context)
     return JoinedLora(task.base, tuple(u.module if u else None for u in updates))
 
@@ -176,8 +176,7 @@ def _measure(
         total = change_norm(base, concatenated(own), together)
         context.norms.add_squares(update**2, total**2)
     if context.spectra is not None:
-        module = next(name for name in task.models if name)  # with a base, not the task's name
-        context.spectra[module] = singular_values(merged).tolist()
+        context.spectra[task.module] = singular_values(merged).tolist()
 
 
 def _observed(
@@ -245,7 +244,7 @@ def _write_adapter(
     stored = kept.turned() if module.kind == "embedding" else kept
     output = context.plan.lora
     tensors = lora_tensors(
-        output.names[next(name for name in task.models if name)],
+        output.names[task.module],
         stored.B,
         stored.A,
         kind=module.kind,

@@ -65,7 +65,7 @@ def model_norms(tasks: Sequence[Task], context: Context) -> list[float]:
 def _generators(task: Task, context: Context) -> tuple[list[RotationAdapter], JoinedModule, Tensor]:
     """Read every adapter's generator of one module, in blocks of one size."""
     adapters = [model.rotations for model in context.plan.models if model.rotations is not None]
-    name = next(name for name in task.models if name is not None)
+    name = task.module
     module = join_module(name, tuple(adapter.modules.get(name) for adapter in adapters))
     stored = [_generator(adapter, name, module).to(context.device) for adapter in adapters]
     return adapters, module, align_blocks(stored, module.num_blocks * module.block_size)
