@@ -83,7 +83,7 @@ def print_plan(plan: Plan, *, as_json: bool) -> None:
     say(f"output          {facts['output'] or 'in memory'}: {files} file(s), {dtypes}")
     if plan.lora is not None:
         adapter = facts["adapter"]
-        found = ", found when it runs" if plan.lora.rule and plan.lora.rule.from_data else ""
+        found = ", found when it runs" if plan.lora.from_data else ""
         say(
             f"adapter         {adapter['style']}, {adapter['modules']} modules, "
             f"rank {adapter['rank']} (at most {adapter['largest_rank']}{found})"

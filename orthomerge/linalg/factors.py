@@ -23,6 +23,7 @@ __all__ = [
     "concatenated",
     "gram",
     "singular_values",
+    "stacked",
     "truncated",
     "truncated_with_values",
 ]
@@ -89,6 +90,10 @@ class Factors:
     ) -> Factors:
         """Return the factors in another dtype or on another device."""
         return Factors(self.B.to(device, dtype), self.A.to(device, dtype))
+
+    def item(self, at: int) -> Factors:
+        """Return one matrix of a batch."""
+        return Factors(self.B[at], self.A[at])
 
     def padded(self, rank: int) -> Factors:
         """Return the same matrix with zeros up to an inner dimension."""
@@ -159,6 +164,18 @@ def concatenated(parts: Sequence[Factors], weights: Sequence[float] | None = Non
         F.A.to(dtype) * w if w != 1 else F.A.to(dtype) for F, w in zip(parts, weights, strict=True)
     ]
     return Factors(torch.cat([F.B.to(dtype) for F in parts], -1), torch.cat(rows, -2))
+
+
+def stacked(parts: Sequence[Factors]) -> Factors:
+    """Return matrices of one shape as a batch, with zeros up to the largest inner dimension.
+
+    >>> one = Factors(torch.ones(2, 1), torch.ones(1, 3))
+    >>> stacked([one, one.padded(2)]).B.shape
+    torch.Size([2, 2, 2])
+    """
+    rank = max(part.rank for part in parts)
+    padded = [part.padded(rank) for part in parts]
+    return Factors(torch.stack([p.B for p in padded]), torch.stack([p.A for p in padded]))
 
 
 def balanced(F: Factors) -> Factors:

@@ -21,10 +21,9 @@ def settled(plan: Plan) -> Plan:
         RecipeError: The budget of parameters is too small for rank 1 everywhere.
     """
     output = plan.lora
-    if output is None or output.rule is None or not output.rule.from_data:
+    if output is None or not output.from_data:
         return plan
-    spectra = measure_spectra(plan)
-    ranks = output.rule.ranks(spectra, {name: output.cost(name) for name in spectra})
+    ranks = output.ranks(measure_spectra(plan))
     tasks = tuple(_with_rank(task, plan, ranks) for task in plan.tasks)
     files = {**plan.written_files, **output.files(ranks)}
     shard = plan.layout.shards[0]  # PEFT reads an adapter from one file

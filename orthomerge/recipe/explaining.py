@@ -78,11 +78,7 @@ def written_ranks(plan: Plan, spectra: Mapping[str, Sequence[float]]) -> dict[st
         RecipeError: The budget of parameters is too small for rank 1 everywhere.
     """
     output = plan.lora
-    if output is None:
-        return dict.fromkeys(spectra, None)
-    if output.rule is not None and output.rule.from_data:
-        return dict(output.rule.ranks(spectra, {name: output.cost(name) for name in spectra}))
-    return {name: output.bounds[name] for name in spectra}
+    return dict.fromkeys(spectra, None) if output is None else dict(output.ranks(spectra))
 
 
 def _refuse_others(recipe: MergeRecipe) -> None:

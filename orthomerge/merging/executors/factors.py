@@ -23,6 +23,7 @@ from orthomerge.linalg.factors import (
     Factors,
     concatenated,
     singular_values,
+    stacked,
     truncated_with_values,
 )
 from orthomerge.linalg.sketching import sketch
@@ -94,11 +95,11 @@ def run(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]]:
     batched = len(tasks) > 1
     details: list[dict[str, Any]] = []
     for at, (task, module) in enumerate(zip(tasks, inputs.modules, strict=True)):
-        result = _item(merged.tensor, at, batched=batched)
+        result = merged.tensor.item(at) if batched else merged.tensor
         facts = _facts(merged.facts, at, batched=batched)
         norm = merged.norm if merged.norm is None or not batched else merged.norm[at]
         if context.measuring:
-            own = [_item(factors, at, batched=batched) for factors in inputs.factors]
+            own = [factors.item(at) if batched else factors for factors in inputs.factors]
             _measure(task, result, own, inputs, facts, context)
             if context.observe is not None:
                 context.observe(_observed(task, module, inputs, own, result, facts, context))
@@ -125,7 +126,7 @@ def read_factors(tasks: Sequence[Task], context: Context, *, hashing: bool = Fal
         updates = module_updates(tasks[0], context)
     for at in here:
         parts = [_factors(adapters[at], module, at, context) for module in modules]
-        whole = (parts[0] if len(parts) == 1 else _stacked(parts)).to(device=context.device)
+        whole = (parts[0] if len(parts) == 1 else stacked(parts)).to(device=context.device)
         scales = None
         if inputs.base is not None and (update := updates[at]) is not None:
             scales = own_scales(adapters[at], update, whole, inputs.base)
@@ -152,10 +153,6 @@ def _factors(adapter: LoraAdapter, module: JoinedLora, at: int, context: Context
         return Factors(B, torch.zeros(0, module.columns, dtype=context.compute))
     product = Factors(*adapter.factors(part.name, context.compute))
     return product.turned() if module.kind == "embedding" else product
-
-
-def _stacked(parts: Sequence[Factors]) -> Factors:
-    return Factors(torch.stack([part.B for part in parts]), torch.stack([p.A for p in parts]))
 
 
 def _measure(
@@ -326,10 +323,6 @@ def _digests(module: JoinedLora, inputs: FactorInputs, context: Context) -> list
 
 def _adapters(context: Context) -> list[LoraAdapter]:
     return [model.lora for model in context.plan.models if model.lora is not None]
-
-
-def _item(product: Factors, at: int, *, batched: bool) -> Factors:
-    return Factors(product.B[at], product.A[at]) if batched else product
 
 
 def _facts(facts: Mapping[str, Any], at: int, *, batched: bool) -> dict[str, Any]:

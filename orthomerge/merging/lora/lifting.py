@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthomerge.errors import RecipeError
-from orthomerge.linalg.factors import Factors, balanced
+from orthomerge.linalg.factors import Factors, balanced, stacked
 from orthomerge.linalg.precision import full_precision
 from orthomerge.merging.lora.frames import Lift
 from orthomerge.merging.lora.strengths import update_strength
@@ -89,8 +89,8 @@ def coordinates(factors: Sequence[Factors], space: Lift) -> Coordinates:
         right = _frame(torch.cat([factor.A for factor in even], dim=-2).mT).mT
         items = [(left.mT @ factor.B) @ (factor.A @ right.mT) for factor in even]
         return Coordinates(left, items, right)
-    Q = torch.linalg.qr(torch.cat([factor.B for factor in lifted], dim=-1)).Q
-    inner = [Q.mT @ factor.B for factor in lifted]  # D_i = Q inner_i A_i
+    Q, R = torch.linalg.qr(torch.cat([factor.B for factor in lifted], dim=-1))
+    inner = torch.split(R, [factor.rank for factor in lifted], dim=-1)  # D_i = Q inner_i A_i
     gram = sum(
         (K @ (factor.A @ factor.A.mT) @ K.mT for K, factor in zip(inner, lifted, strict=True)),
         torch.zeros(Q.shape[-1], Q.shape[-1], dtype=Q.dtype, device=Q.device),
@@ -233,12 +233,10 @@ def run_nested_factors(
     if factors[0].B.ndim == 2 or method.batched:
         return _product(merge_factors(method, factors, **arguments))
     parts = [
-        _product(merge_factors(method, [Factors(f.B[at], f.A[at]) for f in factors], **arguments))
+        _product(merge_factors(method, [factor.item(at) for factor in factors], **arguments))
         for at in range(len(factors[0].B))
     ]
-    rank = max(part.rank for part in parts)
-    padded = [part.padded(rank) for part in parts]
-    return Factors(torch.stack([p.B for p in padded]), torch.stack([p.A for p in padded]))
+    return stacked(parts)
 
 
 def _without_noise(Z: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ Headers only; how many ranks each module gets is decided in ``planning`` or ``se
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -73,9 +73,24 @@ class LoraOutput:
             for part, shape in shapes.items()
         )
 
-    def cost(self, name: str) -> int:
-        """Return how many parameters one more rank of a module costs."""
-        return self.modules[name].rows + self.modules[name].columns
+    @property
+    def from_data(self) -> bool:
+        """Whether the ranks depend on the merged values."""
+        return self.rule is not None and self.rule.from_data
+
+    def ranks(self, spectra: Mapping[str, Sequence[float]]) -> dict[str, int]:
+        """Return the rank that each module is written with.
+
+        Args:
+            spectra: Singular values of each merged module, descending.
+
+        Raises:
+            RecipeError: The budget of parameters is too small for rank 1 everywhere.
+        """
+        if self.rule is None or not self.rule.from_data:
+            return {name: self.bounds[name] for name in spectra}
+        modules = [self.modules[name] for name in spectra]
+        return self.rule.ranks(spectra, {m.name: m.rows + m.columns for m in modules})
 
     def files(self, ranks: Mapping[str, int]) -> dict[str, str]:
         """Return the small files beside the tensors: PEFT's config, nothing in other formats."""
