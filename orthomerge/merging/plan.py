@@ -115,6 +115,12 @@ class MergeRequest:
     norm_matched: float | None = None
     recipe: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def kept_head(self) -> int | None:
+        """Position of the model whose whole tensors ``heads`` keeps; None to keep none alone."""
+        place = self.heads.partition(":")[2]
+        return int(place) - 1 if place else None
+
 
 @dataclass(frozen=True, slots=True)
 class Task:

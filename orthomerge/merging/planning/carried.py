@@ -19,7 +19,7 @@ from orthomerge.merging.planning.draft import Draft, is_float, resolve_settings
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.rules import LayerMap
 
-__all__ = ["carried_names", "carried_task", "copy_task", "mean_weights", "shared_head"]
+__all__ = ["carried_names", "carried_task", "chosen_heads", "copy_task", "mean_weights"]
 
 _AVERAGE = "linear"
 _Adapter = RotationAdapter | LoraAdapter
@@ -48,17 +48,13 @@ def carried_task(
     draft: Draft,
 ) -> list[Task]:
     """Average a whole tensor over the adapters that carry it, or keep one of them."""
-    keys = tuple(adapter.others.get(name) for adapter in adapters)
-    if sum(key is not None for key in keys) > 1:
-        if request.heads == "error":
-            origins = [adapter.origin for adapter in adapters if name in adapter.others]
-            draft.report_once(shared_head(name, origins))
-            return []
-        keep = int(request.heads.partition(":")[2] or 0)
-        kept = keys[keep - 1] if keep else None
-        if kept is not None:
-            keys = tuple(key if at == keep - 1 else None for at, key in enumerate(keys))
-            info = replace(adapters[keep - 1].source.tensors[kept], name=info.name)
+    carried = tuple(adapter.others.get(name) for adapter in adapters)
+    keys = chosen_heads(request, name, carried, [adapter.origin for adapter in adapters], draft)
+    if not any(keys):
+        return []
+    if keys != carried:  # one is kept, whatever the shape of the others
+        kept = next(a.source.tensors[k] for a, k in zip(adapters, keys, strict=True) if k)
+        info = replace(kept, name=info.name)
     infos = [a.source.tensors[key] for a, key in zip(adapters, keys, strict=True) if key]
     shapes = {entry.shape for entry in [info, *infos]}
     if len(shapes) > 1 or not all(is_float(entry.dtype) for entry in infos):
@@ -104,11 +100,37 @@ def mean_weights(
     return weights
 
 
-def shared_head(name: str, origins: Sequence[str]) -> AdapterError:
-    """Return the problem of a whole tensor that several adapters carry, where that is refused."""
-    return AdapterError(
-        "several adapters carry a whole tensor of their own here",
-        tensor=name,
-        found=", ".join(origins),
-        remedy="Average them with --heads average, or keep those of model N with --heads keep:N.",
-    )
+def chosen_heads(
+    request: MergeRequest,
+    name: str,
+    carried: tuple[str | None, ...],
+    origins: Sequence[str],
+    draft: Draft,
+) -> tuple[str | None, ...]:
+    """Return which models' copies of a whole tensor take part: all, the kept one, or none.
+
+    Args:
+        request: What was asked.
+        name: Name of the tensor.
+        carried: Name of each model's copy; None for a model that has none.
+        origins: The models, for messages.
+        draft: Where it is reported if several copies are refused.
+    """
+    if sum(key is not None for key in carried) < 2:
+        return carried
+    if request.heads == "error":
+        holders = [origin for origin, key in zip(origins, carried, strict=True) if key]
+        draft.report_once(
+            AdapterError(
+                "several adapters carry a whole tensor of their own here",
+                tensor=name,
+                found=", ".join(holders),
+                remedy="Average them with --heads average, or keep those of model N with "
+                "--heads keep:N.",
+            )
+        )
+        return (None,) * len(carried)
+    kept = request.kept_head
+    if kept is None or carried[kept] is None:
+        return carried
+    return tuple(key if at == kept else None for at, key in enumerate(carried))

@@ -15,7 +15,7 @@ from orthomerge.checkpoints.header import TensorInfo
 from orthomerge.errors import OrthoMergeError, RecipeError, TensorMismatchError
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task, TaskKind
 from orthomerge.merging.planning.agreement import absent_problems, base_problems
-from orthomerge.merging.planning.carried import shared_head
+from orthomerge.merging.planning.carried import chosen_heads
 from orthomerge.merging.planning.draft import (
     Draft,
     Settings,
@@ -182,7 +182,7 @@ def _draft_task(
         draft.problems.append(_dtype_problem(name, row))
         return []
     wanted = dtype_from_name(request.dtype) if request.dtype and floating else row.donor.dtype
-    chosen = _chosen_head(request, TensorInfo(name, wanted, row.donor.shape), views, draft)
+    chosen = _kept_head(request, TensorInfo(name, wanted, row.donor.shape), views, draft)
     if chosen is not None:
         return [chosen]
     info = TensorInfo(name, wanted, row.donor.shape)
@@ -221,28 +221,19 @@ def _draft_task(
     return [task]
 
 
-def _chosen_head(
+def _kept_head(
     request: MergeRequest, info: TensorInfo, views: Sequence[View], draft: Draft
 ) -> Task | None:
     """Return the task of a whole tensor of several adapters of which one is kept, else None."""
     models = views[len(views) - len(request.models) :]
-    carried = [
-        view.changes.replacements.get(info.name) if view.changes else None for view in models
-    ]
-    if request.heads == "average" or sum(key is not None for key in carried) < 2:
+    carried = tuple(v.changes.replacements.get(info.name) if v.changes else None for v in models)
+    keys = chosen_heads(request, info.name, carried, [view.origin for view in models], draft)
+    if keys == carried or not any(keys):
         return None
-    if request.heads == "error":
-        origins = [view.origin for view, key in zip(models, carried, strict=True) if key]
-        draft.report_once(shared_head(info.name, origins))
-        return None
-    position = int(request.heads.partition(":")[2]) - 1
-    key = carried[position]
-    if key is None:
-        return None
-    stored = models[position].source.checkpoint.tensors[key]
-    kept = tuple(key if at == position else None for at in range(len(models)))
+    view, key = next((v, k) for v, k in zip(models, keys, strict=True) if k)
+    stored = view.source.checkpoint.tensors[key]
     kind: TaskKind = "copy" if stored.dtype == info.dtype else "convert"
-    return Task(info, kind, kept, None, (), {}, 1 << 20, stored.nbytes)
+    return Task(info, kind, keys, None, (), {}, 1 << 20, stored.nbytes)
 
 
 def _task_kind(

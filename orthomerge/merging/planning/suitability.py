@@ -109,8 +109,7 @@ def _form_problems(
             )
         )
     problems += _unused_problems(request, method, route)
-    head = request.heads.partition(":")[2]
-    if head and not 1 <= int(head) <= len(models):
+    if request.kept_head is not None and not 0 <= request.kept_head < len(models):
         problems.append(
             RecipeError(
                 "heads keep:N names a model by its place",
