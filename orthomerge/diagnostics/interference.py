@@ -41,8 +41,25 @@ class SideComparison:
     drift: float | None = None
 
 
+class _Aligned:
+    """What both comparisons say of the adapter that is served worst."""
+
+    sum_alignment: PerAdapter
+    alignment: PerAdapter | None
+
+    @property
+    def least_sum_alignment(self) -> float | None:
+        """The lowest cosine of an adapter with the plain sum."""
+        return min((c for c in self.sum_alignment if c is not None), default=None)
+
+    @property
+    def least_alignment(self) -> float | None:
+        """The lowest cosine of an adapter with the merged update."""
+        return min((c for c in self.alignment or () if c is not None), default=None)
+
+
 @dataclass(frozen=True)
-class ModuleComparison:
+class ModuleComparison(_Aligned):
     """One module. Tuples have one entry per adapter; N adapters, shape [o, n].
 
     Attributes:
@@ -95,19 +112,9 @@ class ModuleComparison:
     merged_norm: float | None = field(default=None, repr=False)
     spectrum: tuple[float, ...] = field(default=(), repr=False)
 
-    @property
-    def least_sum_alignment(self) -> float | None:
-        """The lowest cosine of an adapter with the plain sum."""
-        return min((c for c in self.sum_alignment if c is not None), default=None)
-
-    @property
-    def least_alignment(self) -> float | None:
-        """The lowest cosine of an adapter with the merged update."""
-        return min((c for c in self.alignment or () if c is not None), default=None)
-
 
 @dataclass(frozen=True)
-class TotalComparison:
+class TotalComparison(_Aligned):
     """All modules together.
 
     Sizes, cosines and energies are those of the whole updates, as if all modules were one vector;
@@ -148,16 +155,6 @@ class TotalComparison:
     energy: float | None
     least_energy: float | None
     scale: tuple[float, float, float] | None
-
-    @property
-    def least_sum_alignment(self) -> float | None:
-        """The lowest cosine of an adapter with the plain sum."""
-        return min((c for c in self.sum_alignment if c is not None), default=None)
-
-    @property
-    def least_alignment(self) -> float | None:
-        """The lowest cosine of an adapter with the merged update."""
-        return min((c for c in self.alignment or () if c is not None), default=None)
 
 
 @dataclass(frozen=True)

@@ -54,15 +54,30 @@ def execute(
     # Largest first: the threads then finish at about the same time.
     waiting = [task for task in plan.tasks if task.name not in done]
     waiting.sort(key=lambda task: -task.read_bytes)
+    with _prepared(context):
+        done |= _run_all(waiting, context)
+    return done
+
+
+@contextmanager
+def _prepared(context: Context, *, matched: bool = True) -> Iterator[None]:
+    """Set up the arithmetic, and what is known of the whole model before the first task.
+
+    Args:
+        context: Gets the survey and, if ``matched``, the factor of a norm-matched strength.
+        matched: Whether that factor is needed: it takes a pass over the model.
+
+    Raises:
+        Interrupted: On Ctrl-C.
+    """
     try:
         with full_precision(), torch.inference_mode(), one_thread_per_worker():
             context.survey = model_survey(context)
-            if plan.request.norm_matched is not None:
-                context.factor = _matched_factor(plan, context)
-            done |= _run_all(waiting, context)
+            if matched and context.plan.request.norm_matched is not None:
+                context.factor = _matched_factor(context.plan, context)
+            yield
     except KeyboardInterrupt as interrupt:
         raise Interrupted from interrupt
-    return done
 
 
 def _matched_factor(plan: Plan, context: Context) -> float:
@@ -78,8 +93,7 @@ def measure_spectra(plan: Plan) -> dict[str, list[float]]:
     """Run the merge of a LoRA adapter without writing; return each module's singular values."""
     nowhere = MemoryWriter({})
     context = Context(plan, nowhere, spectra={})
-    with full_precision(), torch.inference_mode(), one_thread_per_worker():
-        context.survey = model_survey(context)
+    with _prepared(context, matched=False):
         _run_all([task for task in plan.tasks if task.kind == "factors"], context)
     assert context.spectra is not None
     return context.spectra
@@ -99,15 +113,9 @@ def run_observed(
         if task.kind == "factors"
     ]
     context = Context(plan, MemoryWriter({}), advance or (lambda _: None))
-    try:
-        with full_precision(), torch.inference_mode(), one_thread_per_worker():
-            context.survey = model_survey(context)
-            if plan.request.norm_matched is not None:
-                context.factor = _matched_factor(plan, context)
-            context.observe = observe
-            _run_all(tasks, context)
-    except KeyboardInterrupt as interrupt:
-        raise Interrupted from interrupt
+    with _prepared(context):
+        context.observe = observe
+        _run_all(tasks, context)
 
 
 def _run_all(tasks: Sequence[Task], context: Context) -> dict[str, Any]:

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
     from orthomerge.merging.draws import Draws
 
-__all__ = ["nested_choices", "nested_method", "run_nested", "unfit_nested"]
+__all__ = [
+    "nested_choices",
+    "nested_method",
+    "run_nested",
+    "surveyed_choice",
+    "unfit_nested",
+]
 
 
 def nested_method(
@@ -72,6 +78,13 @@ def nested_choices(
             found.append((inner, choice))
             found += nested_choices(inner, choice, deep=True) if deep else []
     return found
+
+
+def surveyed_choice(
+    method: MergeMethod, parameters: Mapping[str, Any]
+) -> tuple[MergeMethod, Mapping[str, Any]]:
+    """Return whose survey of the whole model is meant: the nested method's, else the method's."""
+    return next(iter(nested_choices(method, parameters)), (method, parameters))
 
 
 def _fits(method: MergeMethod, space: Space) -> bool:

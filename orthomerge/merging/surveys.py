@@ -14,8 +14,8 @@ from orthomerge.merging.executors.coordinates import coordinate_streams
 from orthomerge.merging.executors.inputs import open_inputs
 from orthomerge.merging.executors.rotation import model_norms
 from orthomerge.merging.executors.whole import read_whole
+from orthomerge.merging.nesting import surveyed_choice
 from orthomerge.merging.plan import Plan, Task
-from orthomerge.merging.registry import get_method
 from orthomerge.merging.roles import tensor_role
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.streams import HeldStream, JoinedStream
@@ -67,15 +67,11 @@ def _surveying_method(plan: Plan) -> tuple[Callable[..., Any], Space, dict[str, 
     """
     if not plan.merged_tasks:
         return None
-    method, parameters = plan.method, dict(plan.merged_tasks[0].parameters)
-    nested = [v for k, v in parameters.items() if v and method.parameters[k].kind is dict]
-    if nested:
-        parameters = dict(nested[0])
-        method = get_method(parameters.pop("method"))
+    method, parameters = surveyed_choice(plan.method, plan.merged_tasks[0].parameters)
     whole_model = method.space is Space.ROTATION or parameters.get("scope") == "model"
     if method.survey is None or not whole_model:
         return None
-    return method.survey, method.space, parameters
+    return method.survey, method.space, dict(parameters)
 
 
 def _residual_streams(task: Task, context: Context) -> list[_ResidualStream]:

@@ -62,7 +62,7 @@ def draft_tasks(
         draft.tasks += _draft_task(request, method, name, row, views, layers, draft)
     if method.space is Space.FACTORS:
         draft.problems += absent_problems(request, joined_updates(views))
-    check_model_survey(request, draft)
+    check_model_survey(request, method, draft)
     add_model_files(sources[0], draft)
     return draft
 

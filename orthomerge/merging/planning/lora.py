@@ -69,7 +69,7 @@ def draft_tasks(
         task = _factors_task(request, method, module, adapters, layers, draft)
         onto = weights[module.name] if draft.lora.dora else None
         draft.tasks.append(task if onto is None else _with_base(task, *onto, draft))
-    check_model_survey(request, draft)
+    check_model_survey(request, method, draft)
     for name in carried_names(adapters):
         info = next(a.source.tensors[a.others[name]] for a in adapters if name in a.others)
         draft.tasks += carried_task(request, method, info, name, adapters, layers, draft)

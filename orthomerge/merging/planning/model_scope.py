@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from orthomerge.checkpoints.dtypes import ITEM_SIZES
@@ -14,16 +14,16 @@ from orthomerge.errors import RecipeError
 from orthomerge.merging.lora.frames import coordinate_shape, lift_of
 from orthomerge.merging.lora.modules import JoinedLora
 from orthomerge.merging.lora.strengths import update_strength
-from orthomerge.merging.nesting import nested_choices
+from orthomerge.merging.nesting import nested_choices, surveyed_choice
 from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, Task
 from orthomerge.merging.planning.draft import Draft
 from orthomerge.merging.planning.memory import SURVEY_SHARE
-from orthomerge.merging.registry import MergeMethod, get_method
+from orthomerge.merging.registry import MergeMethod
 
 __all__ = ["check_factored", "check_model_survey"]
 
 
-def check_model_survey(request: MergeRequest, draft: Draft) -> None:
+def check_model_survey(request: MergeRequest, method: MergeMethod, draft: Draft) -> None:
     """Report settings that a survey of the whole model cannot have; note the memory it takes.
 
     It runs once, so its parameters cannot vary within the model; and it sees every model in every
@@ -31,10 +31,12 @@ def check_model_survey(request: MergeRequest, draft: Draft) -> None:
 
     Args:
         request: What was asked.
+        method: The method.
         draft: The plan in the making, with all its tasks.
     """
     merged = [t for t in draft.tasks if t.kind in MERGED_KINDS and t.method is None]
-    parameters = [_surveyed(task.parameters) for task in merged]
+    surveyed = [surveyed_choice(method, task.parameters) for task in merged]
+    parameters = [{"method": chosen.name, **given} for chosen, given in surveyed]
     if not any(p.get("scope") == "model" for p in parameters):
         return
     entries = sum(draft.surveyed_entries.get(task.name, task.info.numel) for task in merged)
@@ -103,32 +105,16 @@ def _known_strength(method: MergeMethod, task: Task) -> bool:
 
 def _nested_problem(method: MergeMethod, parameters: Mapping[str, Any]) -> RecipeError | None:
     """Return why a method of low-rank factors cannot run a nested one, or None."""
-    for inner in _nested(parameters):
-        chosen = get_method(inner["method"])
+    for chosen, _ in nested_choices(method, parameters):
         if method.lift is not None and "additive" not in chosen.laws:
             return RecipeError(
                 f"{chosen.name} needs the base's weights, so {method.name} cannot run it",
                 remedy="Use a method whose update does not depend on the base: ties.",
             )
-        if method.lift is None and any(c.get("scope") == "model" for c in _deep(parameters)):
+        inner = nested_choices(method, parameters, deep=True)
+        if method.lift is None and any(given.get("scope") == "model" for _, given in inner):
             return RecipeError(
                 f"scope: model looks at the whole model before {method.name} has changed it",
                 remedy="Use scope: tensor, or run the nested method itself, or in knots or core.",
             )
     return None
-
-
-def _surveyed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the parameters a survey is made with: the nested method's, or all."""
-    return next(_nested(parameters), parameters)
-
-
-def _nested(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield from (value for value in parameters.values() if isinstance(value, Mapping))
-
-
-def _deep(parameters: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the choices in the parameters and the choices in those."""
-    for inner in _nested(parameters):
-        yield inner
-        yield from _deep(inner)
