@@ -9,13 +9,14 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from generated import generated_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,6 @@ __all__ = ["DATA", "SHAPES", "LlamaShape", "generate", "model_names"]
 
 DATA = Path(__file__).resolve().parent / "data"
 
-_MANIFEST = "generated.json"
 _VERSION = 1
 _SHARDS = 4
 _BLOCK = 1 << 22  # elements drawn at a time; bounds the memory
@@ -96,21 +96,14 @@ def generate(folder: Path, shape: LlamaShape, *, fine_tunes: int = 2, seed: int 
         FileExistsError: ``folder`` holds something this program did not write.
     """
     facts = {"version": _VERSION, "seed": seed, "fine_tunes": fine_tunes, "shape": asdict(shape)}
-    manifest = folder / _MANIFEST
-    if manifest.is_file() and json.loads(manifest.read_text()) == facts:
-        return False
     names = model_names(fine_tunes)
-    if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
-        raise FileExistsError(f"{folder} was not written by this program: remove it first")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    manifest.write_text("{}")  # marks the folder as ours until it is complete
-    for name in names:
-        _write_small_files(folder / name, shape)
-    for number, tensors in enumerate(_shards(shape), start=1):
-        _write_shard([folder / name / _shard_name(number) for name in names], tensors, seed)
-    manifest.write_text(json.dumps(facts))
-    return True
+    with generated_folder(folder, facts) as missing:
+        if missing:
+            for name in names:
+                _write_small_files(folder / name, shape)
+            for number, tensors in enumerate(_shards(shape), start=1):
+                _write_shard([folder / name / _shard_name(number) for name in names], tensors, seed)
+    return missing
 
 
 def _shard_name(number: int) -> str:

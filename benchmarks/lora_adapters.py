@@ -10,17 +10,17 @@ import argparse
 import hashlib
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from generated import generated_folder
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["SHAPES", "LoraShape", "adapter_config", "adapter_names", "factors", "generate"]
 
-_MANIFEST = "generated.json"
 _VERSION = 1
 _PREFIX = "base_model.model."
 _SHARED = 0.5  # share of an adapter's left factor that all adapters have in common
@@ -123,18 +123,11 @@ def generate(folder: Path, shape: LoraShape, *, adapters: int = 8, seed: int = 0
         FileExistsError: ``folder`` holds something this program did not write.
     """
     facts = {"version": _VERSION, "seed": seed, "adapters": adapters, "shape": asdict(shape)}
-    manifest = folder / _MANIFEST
-    if manifest.is_file() and json.loads(manifest.read_text()) == facts:
-        return False
-    if folder.is_dir() and any(folder.iterdir()) and not manifest.is_file():
-        raise FileExistsError(f"{folder} was not written by this program: remove it first")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    manifest.write_text("{}")  # marks the folder as ours until it is complete
-    for model, name in enumerate(adapter_names(adapters)):
-        _write(folder / name, shape, model, seed)
-    manifest.write_text(json.dumps(facts))
-    return True
+    with generated_folder(folder, facts) as missing:
+        if missing:
+            for model, name in enumerate(adapter_names(adapters)):
+                _write(folder / name, shape, model, seed)
+    return missing
 
 
 def _write(folder: Path, shape: LoraShape, model: int, seed: int) -> None:

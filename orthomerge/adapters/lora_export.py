@@ -156,7 +156,7 @@ def padded_factors(
     >>> tuple(B.shape), tuple(A.shape), float((B @ A).sum())
     ((3, 4), (4, 2), 6.0)
     """
-    from torch.nn.functional import pad
+    from orthomerge.linalg.factors import Factors
 
     if B.shape[-1] != A.shape[-2] or B.shape[-1] > rank:
         raise AdapterError(
@@ -165,8 +165,8 @@ def padded_factors(
             found=f"{list(B.shape)} and {list(A.shape)}",
             remedy="Truncate them, or choose a larger rank.",
         )
-    more = rank - B.shape[-1]
-    return pad(B, (0, more)), pad(A, (0, 0, 0, more))
+    padded = Factors(B, A).padded(rank)
+    return padded.B, padded.A
 
 
 def _check_parts(

@@ -207,7 +207,7 @@ def _write(
     scales = merged_scales(method, inputs.scales, inputs.weights, task.parameters, facts, factor)
     merged = merged.scaled(context.factor)
     size = None if norm is None else norm.item() * abs(context.factor)
-    details: dict[str, Any] = {"digests": _digests(module, inputs, context)}
+    details: dict[str, Any] = {}
     if context.plan.lora is None:
         assert inputs.base is not None
         details["written_norm"] = write_weight(task, context, inputs.base, merged, scales)
@@ -216,7 +216,7 @@ def _write(
         stored, kept = _write_adapter(task, module, inputs, merged, size, scales, facts, context)
         details["written_sketch"] = sketch(stored).tolist()
         facts = {**facts, **kept}
-    return {**details, "facts": facts}
+    return {**details, "facts": facts, "digests": _digests(module, inputs, context)}
 
 
 def _write_adapter(

@@ -59,15 +59,21 @@ class BaseWeight:
         first = next(update for update in module_updates(task, context) if update is not None)
         self.turned = first.turned
         self._context = context
+        self._digest: str | None = None
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """Yield (first row, rows) as stored, checked to be finite; a block lives until the next."""
+    def blocks(self, *, hashing: bool = False) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first row, rows) as stored, checked to be finite; a block lives until the next.
+
+        Args:
+            hashing: Hash the bytes on the way, so that ``digest`` need not read them again.
+        """
         step = self._step(self.columns)
-        reader = self._reader(step)
+        reader = self._reader(step, hashing=hashing)
         for row in range(0, self.rows, step):
             self._context.check_stop()
             count = min(step, self.rows - row) * self.columns
             yield row, reader.piece(row * self.columns, count).reshape(-1, self.columns)
+        self._digest = reader.digest() or self._digest
 
     def features(self) -> Iterator[Tensor]:
         """Yield the weight as [o, n] in blocks of rows: one row per output feature."""
@@ -80,15 +86,16 @@ class BaseWeight:
 
     def digest(self) -> str:
         """Return the digest of the stored bytes."""
-        return hash_tensor(self.checkpoint, self.name)
+        return self._digest or hash_tensor(self.checkpoint, self.name)
 
     def _step(self, width: int) -> int:
         """Return how many rows of this width are worked on at a time."""
         return max(1, self._context.plan.piece_elements // max(1, width))
 
-    def _reader(self, rows: int) -> TensorReader:
+    def _reader(self, rows: int, *, hashing: bool = False) -> TensorReader:
+        size = rows * max(1, self.columns)
         return self._context.reader(
-            self.checkpoint, self.name, piece_elements=rows * max(1, self.columns)
+            self.checkpoint, self.name, hashing=hashing, piece_elements=size
         )
 
 
@@ -166,7 +173,7 @@ def write_weight(
     """
     stored = change.turned() if base.turned else change
     columns, square = stored.A.shape[-1], 0.0
-    for row, block in base.blocks():
+    for row, block in base.blocks(hashing=True):
         if scales is not None:
             by = scales.to(block)
             block = block * (by[None, :] if base.turned else by[row : row + len(block), None])
