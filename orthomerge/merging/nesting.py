@@ -88,10 +88,10 @@ def surveyed_choice(
 
 
 def _fits(method: MergeMethod, space: Space) -> bool:
+    if space is Space.FACTORS and method.factors is not None:
+        return True
     task_vectors = method.space is Space.DELTA and not method.nests
-    if space is Space.DELTA:
-        return task_vectors
-    return method.factors is not None or (task_vectors and "additive" in method.laws)
+    return task_vectors and (space is Space.DELTA or method.merges_factors)
 
 
 def unfit_nested(choice: Mapping[str, Any] | None, shape: tuple[int, ...], role: str) -> str | None:

@@ -131,6 +131,12 @@ class MergeMethod:
         return self.space is Space.DELTA
 
     @property
+    def merges_factors(self) -> bool:
+        """Whether it can merge low-rank changes without their base: itself, or in coordinates."""
+        lifted = self.space is Space.DELTA and "additive" in self.laws
+        return self.factors is not None or lifted
+
+    @property
     def uses_weights(self) -> bool:
         """Whether it takes one weight per model."""
         return "weights" in self._arguments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -108,9 +107,6 @@ def test_the_traffic_floor_writes_what_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "ORTHOMERGE_SLOW" not in os.environ, reason="takes minutes; set ORTHOMERGE_SLOW=1 to run it"
-)
 def test_lora_writes_every_field(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / "lora.py"), "--quick", "--data", str(tmp_path)]

@@ -146,8 +146,7 @@ def _unused_problems(
 
 def _factors_problems(method: MergeMethod) -> list[OrthoMergeError]:
     """Return why a method cannot merge low-rank factors without their base."""
-    lifted = method.space is Space.DELTA and "additive" in method.laws
-    if method.factors is not None or lifted:
+    if method.merges_factors:
         return []
     return [
         RecipeError(
