@@ -17,8 +17,8 @@ from typing import Any
 
 import lora_scaling
 from circumstances import RESULTS, check_sources, machine, run_command, versions, write_result
+from llama_lora import SHAPES, adapter_names
 from llama_shaped import DATA
-from lora_adapters import SHAPES, adapter_names
 from lora_contenders import LoraContender, contenders, resolve
 from lora_summary import growth, print_report, summarise, targets
 from merge_speed import clean
@@ -151,7 +151,7 @@ def generate(options: argparse.Namespace, order: list[LoraContender]) -> None:
         folder = _folder(options.data, scale)
         words = ["--out", str(folder), "--scale", scale, "--seed", str(options.seed)]
         words += ["--adapters", str(_ADAPTERS)]
-        subprocess.run([sys.executable, str(_HERE / "lora_adapters.py"), *words], check=True)
+        subprocess.run([sys.executable, str(_HERE / "llama_lora.py"), *words], check=True)
 
 
 def _with_peft() -> dict[str, str | None]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lora_adapters import SHAPES, adapter_names
+from llama_lora import SHAPES, adapter_names
 
 __all__ = ["OUTPUT", "PEFT_DENSE", "LoraContender", "contenders", "resolve"]
 

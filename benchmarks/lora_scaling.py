@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora_adapters import SHAPES, LoraShape, factors
+from llama_lora import SHAPES, LoraShape, factors
 
 __all__ = ["Point", "main", "points", "run"]
 

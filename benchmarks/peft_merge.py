@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lora_adapters import SHAPES, LoraShape
+from llama_lora import SHAPES, LoraShape
 
 __all__ = ["main", "merge"]
 

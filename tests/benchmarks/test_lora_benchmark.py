@@ -23,7 +23,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_full_adapters_are_those_of_llama_8b() -> None:
-    from lora_adapters import SHAPES
+    from llama_lora import SHAPES
 
     shape = SHAPES["full"]
     assert len(shape.modules()) == 224
@@ -32,7 +32,7 @@ def test_full_adapters_are_those_of_llama_8b() -> None:
 
 
 def test_generated_adapters_are_seeded_and_open(tmp_path: Path) -> None:
-    from lora_adapters import SHAPES, generate
+    from llama_lora import SHAPES, generate
 
     shape = SHAPES["tiny"]
     assert generate(tmp_path / "one", shape, adapters=2, seed=3)
@@ -53,7 +53,7 @@ def test_generated_adapters_are_seeded_and_open(tmp_path: Path) -> None:
 
 
 def test_the_error_of_a_merge_is_measured(tmp_path: Path) -> None:
-    from lora_adapters import SHAPES, factors, generate
+    from llama_lora import SHAPES, factors, generate
     from lora_quality import errors
     from safetensors.torch import load_file, save_file
 
@@ -97,7 +97,7 @@ def test_every_floor_and_merge_of_a_round_is_named_once() -> None:
 
 def test_the_traffic_floor_writes_what_it_is_told(tmp_path: Path) -> None:
     from floors import traffic
-    from lora_adapters import SHAPES, generate
+    from llama_lora import SHAPES, generate
 
     generate(tmp_path / "data", SHAPES["tiny"], adapters=2)
     inputs = [tmp_path / "data" / f"adapter-{i}" for i in (1, 2)]

@@ -54,6 +54,19 @@ def wait_for(path: Path, process_id: int) -> None:
         time.sleep(0.0002)
 
 
+def wait_for_entries(output: Path, count: int) -> None:
+    """Wait until the run's journal holds so many entries, or the run has published its output."""
+    journal = output.with_name(f"{output.name}.partial") / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not output.exists():
+        if (
+            journal.exists() and len(journal.read_bytes().splitlines()) > count
+        ):  # the first is its head
+            return
+        assert time.monotonic() < deadline, f"no {count} entries in {journal}"
+        time.sleep(0.0002)
+
+
 @dataclass
 class Server:
     """Runs the command line; see ``merge_server``."""
@@ -158,8 +171,11 @@ def test_killed_merge_resumes_to_the_same_bytes(
         command = [*arguments, str(output)]
         child = server.start(command, pause=pause)
         wait_for(output.with_name("merged.partial"), child)
-        # The last few aim at the end, where the output is published.
-        time.sleep(duration * (choose.uniform(0, 0.9) if kill < 10 else choose.uniform(0.9, 1.1)))
+        if kill < 10:
+            wait_for_entries(output, choose.randint(0, 15))
+            time.sleep(choose.uniform(0, 4 * pause))
+        else:  # near the end, where the output is published
+            time.sleep(duration * choose.uniform(0.9, 1.1))
         assert server.kill(child) in (0, -signal.SIGKILL)
         assert_nothing_half_made(output, expected)
         if kill % 3 == 0 and not output.exists():  # killed again while it resumes
