@@ -79,7 +79,8 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     planner = _PLANNERS[route]
     draft = planner.draft_tasks(request, method, opened, base)
-    if base is not None and method.space is Space.WEIGHT and request.norm_matched is None:
+    unused = method.space is Space.WEIGHT and request.norm_matched is None
+    if base is not None and unused and all(model.kind == "full" for model in opened):
         draft.notes.append(f"{method.name} does not use the base; config and tokenizer are its")
     if request.method is not None and method.name != request.method:
         known = request.method in method.aliases
