@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthomerge.adapters.memory import AdapterState, adapter_states, load_adapter_state
+from orthomerge.adapters.memory import AdapterState, adapter_states, load_adapter_state, require_new_name
 from orthomerge.errors import RecipeError
 from orthomerge.recipe.run import merge
 
@@ -68,6 +68,8 @@ def merge_lora(
             "the merged adapter is either written or added to the model",
             remedy="Leave out output, and save the model's adapter with save_pretrained.",
         )
+    if into is not None:
+        require_new_name(model, into)
     sources: Sequence[Any] = adapters if model is None else adapter_states(model, names)
     own = dict(settings.pop("output_settings", None) or {})
     own |= {"form": form, "rank": rank}
