@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orthomerge.adapters.memory import AdapterState, adapter_states, load_adapter_state, require_new_name
+from orthomerge.adapters.memory import (
+    AdapterState,
+    adapter_states,
+    load_adapter_state,
+    require_new_name,
+)
 from orthomerge.errors import RecipeError
 from orthomerge.recipe.run import merge
 

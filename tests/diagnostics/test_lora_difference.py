@@ -11,7 +11,8 @@ from orthomerge_cli.main import app
 from orthomerge_cli.session import run_guarded
 from safetensors.torch import save_file
 
-from orthomerge.adapters import AdapterState, open_source
+from orthomerge.adapters.memory import AdapterState
+from orthomerge.adapters.sources import open_source
 from orthomerge.diagnostics import diff_sources
 
 KEY = "base_model.model.{}.lora_{}"
@@ -51,7 +52,9 @@ def compared(first, second):
 
 def write(folder, made):
     folder.mkdir()
-    save_file({k: v.contiguous() for k, v in made.tensors.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in made.tensors.items()}, folder / "adapter_model.safetensors"
+    )
     (folder / "adapter_config.json").write_text(json.dumps(made.config))
     return str(folder)
 

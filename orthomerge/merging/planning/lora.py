@@ -52,7 +52,7 @@ def draft_tasks(
     draft.compute_dtype = compute_dtype(request, stored)
     draft.problems += agreement_problems(request, adapters)
     draft.problems += module_problems(request, modules, adapters, has_base=base is not None)
-    weights = _base_weights(models, base, draft)
+    weights = _base_weights(request, models, base, draft)
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
         return draft
@@ -85,7 +85,7 @@ def draft_tasks(
 
 
 def _base_weights(
-    models: Sequence[Source], base: Source | None, draft: Draft
+    request: MergeRequest, models: Sequence[Source], base: Source | None, draft: Draft
 ) -> dict[str, tuple[TensorInfo, bool]]:
     """Return the base's weight of each module and whether its columns are output features.
 
@@ -93,7 +93,7 @@ def _base_weights(
     """
     if base is None or draft.problems:
         return {}
-    views = open_views(models, base, draft.problems)
+    views = open_views(models, base, draft.problems, kept_head=request.kept_head)
     draft.changes = tuple(view.changes for view in views)
     return {
         update.module.name: (base.checkpoint.tensors[name], update.turned)
