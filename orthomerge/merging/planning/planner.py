@@ -26,7 +26,7 @@ from orthomerge.errors import (
     UnknownNameError,
     combined,
 )
-from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
+from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, OutputKind, Plan
 from orthomerge.merging.planning import dense, lora, oft
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.planning.draft import Draft
@@ -87,6 +87,9 @@ def build_plan(request: MergeRequest) -> Plan:
         draft.notes.append(
             f"{request.method} is {method.name}{'' if known else ' for models like these'}"
         )
+    weights = [t.weights for t in draft.tasks if t.kind in MERGED_KINDS and t.method is None]
+    if weights and method.uses_weights and not any(map(any, weights)):
+        draft.notes.append("all weights are 0: nothing of the models is merged")
     if method.caution:
         draft.notes.append(method.caution)
     if request.method is None and method.whole:
