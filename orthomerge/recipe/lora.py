@@ -76,8 +76,7 @@ def merge_lora(
     if into is not None:
         require_new_name(model, into)
     sources: Sequence[Any] = adapters if model is None else adapter_states(model, names)
-    own = dict(settings.pop("output_settings", None) or {})
-    own |= {"form": form, "rank": rank}
+    own = {**(settings.pop("output_settings", None) or {}), "form": form, "rank": rank}
     result = merge(sources, output=output, output_settings=own, **settings)
     if into is not None:
         load_adapter_state(model, _required(result), into)
