@@ -27,7 +27,7 @@ ALLOWED = {
     "merging": {"linalg", "checkpoints", "adapters"},
     "diagnostics": {"linalg", "checkpoints", "adapters"},
     "extraction": {"linalg", "checkpoints", "adapters", "diagnostics"},
-    "recipe": {"linalg", "checkpoints", "adapters", "merging"},
+    "recipe": {"linalg", "checkpoints", "adapters", "merging", "diagnostics"},
     "demo": {"linalg", "checkpoints", "adapters"},
 }
 PURE = ("orthomerge/linalg", "orthomerge/merging/methods", "orthomerge/merging/steps")
