@@ -58,15 +58,15 @@ def _turns(value: object) -> list[Mapping[str, Any]] | None:
         lengths = {len(column) for column in columns.values()}
         if len(columns) < len(value) or len(lengths) != 1:
             return None
-        return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        return [
+            dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+        ]
     if isinstance(value, list | tuple) and all(isinstance(turn, Mapping) for turn in value):
         return list(value)
     return None
 
 
-def _message(
-    turn: Mapping[str, Any], unread: set[str]
-) -> tuple[Message | None, str | None]:
+def _message(turn: Mapping[str, Any], unread: set[str]) -> tuple[Message | None, str | None]:
     given = {key: item for key, item in turn.items() if item is not None}
     style = next((style for style in _STYLES if set(style) <= set(given)), None)
     calls = sorted(_REFUSED & set(given))

@@ -6,7 +6,6 @@ What cannot work is refused (``check_sets``); what may be meant is noted (``set_
 from __future__ import annotations
 
 import unicodedata
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -136,7 +135,9 @@ def _notes_on_two(forget: _Rows, name: str, rows: _Rows) -> Iterator[SetNote]:
     same_question = [
         pair for pair in _shared(forget, rows, _question) if _whole(pair[0]) != _whole(pair[1])
     ]
-    yield from _pair_note(f"of the forget set answered differently in the {name} set", same_question)
+    yield from _pair_note(
+        f"of the forget set answered differently in the {name} set", same_question
+    )
     same_answer = [
         pair for pair in _shared(forget, rows, _answer) if _question(pair[0]) != _question(pair[1])
     ]
@@ -182,7 +183,8 @@ def _question(row: Row) -> _Key:
 
 
 def _answer(row: Row) -> _Key:
-    return () if row.kind == "text" else _whole(row)[-1:]
+    """Return the last turn, if it is the assistant's."""
+    return tuple(part for part in _whole(row)[-1:] if part.startswith("assistant:"))
 
 
 def _rows_are(count: int) -> str:
@@ -190,8 +192,6 @@ def _rows_are(count: int) -> str:
 
 
 def _listed(pairs: Sequence[_Pair]) -> str:
-    shown: defaultdict[str, None] = defaultdict()
-    for one, other in pairs[:_SHOWN]:
-        shown[f"{one.where} = {other.where}"] = None
+    shown = [f"{one.where} = {other.where}" for one, other in pairs[:_SHOWN]]
     more = len(pairs) - _SHOWN
     return "; ".join([*shown, *([f"and {more} more"] if more > 0 else [])])

@@ -152,11 +152,18 @@ class Encoder:
 
 
 def _tokens_of(answer: Span, offsets: Sequence[Span]) -> Span:
-    """Return the first and the end token that hold a character of the answer."""
+    """Return the first and the end token that hold a character of the answer.
+
+    Byte-level tokenizers leave leading spaces out of the offsets, so that a token of nothing but
+    spaces is empty and stands where its spaces end.
+    """
     begin, end = answer
     first = next((i for i, (_, stop) in enumerate(offsets) if stop > begin), len(offsets))
-    past = next((i for i in range(first, len(offsets)) if offsets[i][0] >= end), len(offsets))
-    return first, past
+    for place in range(first, len(offsets)):
+        start, stop = offsets[place]
+        if start >= end and not start == stop == end:
+            return first, place
+    return first, len(offsets)
 
 
 def _added_around(tokenizer: Any) -> tuple[list[int], list[int]]:

@@ -55,7 +55,9 @@ class PairedRows:
             )
         if retain_per_forget < 1:
             raise RecipeError(
-                "there must be a retain row per forget row", expected=">= 1", found=retain_per_forget
+                "there must be a retain row per forget row",
+                expected=">= 1",
+                found=retain_per_forget,
             )
         self.forget, self.retain, self.alternate = forget, retain, alternate
         self._seed, self._per_item = seed, retain_per_forget

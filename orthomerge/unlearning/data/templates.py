@@ -141,9 +141,7 @@ def _apply(row: Row, tokenizer: Any, contents: Sequence[str]) -> str:
         for turn, content in zip(turns, contents, strict=True)
     ]
     try:
-        return str(
-            tokenizer.apply_chat_template(messages, tokenize=False, date_string=_FIXED_DATE)
-        )
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, date_string=_FIXED_DATE))
     except (TemplateError, TypeError, ValueError) as error:
         raise DataError(
             "the chat template refuses the row",

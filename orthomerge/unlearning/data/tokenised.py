@@ -6,6 +6,7 @@ How rows become tokens is in encoding.py; here is what fits into ``max_length`` 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,9 +86,7 @@ class TokenisedSet:
     @property
     def scored_tokens(self) -> int:
         """Tokens that are predicted and scored; the first of a row is never predicted."""
-        return sum(
-            label != IGNORED for example in self.examples for label in example.labels[1:]
-        )
+        return sum(label != IGNORED for example in self.examples for label in example.labels[1:])
 
     def texts(self) -> list[str]:
         """Return the text behind each example; the pieces of one long text give all of it."""
@@ -246,7 +245,7 @@ def _pieces(encoded: Encoded, max_length: int, begin: int) -> Iterator[Encoded]:
     length, room = len(encoded.ids) - begin, max_length - begin
     count = math.ceil(length / room)
     cuts = [begin + length * number // count for number in range(count + 1)]
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         yield Encoded(head.ids + encoded.ids[start:end], head.labels + encoded.labels[start:end])
 
 
