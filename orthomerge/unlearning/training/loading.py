@@ -14,7 +14,6 @@ __all__ = [
     "device_of",
     "load_model",
     "load_tokenizer",
-    "pad_token_of",
     "precision_of",
     "with_adapter",
 ]
@@ -145,15 +144,6 @@ def precision_of(train: TrainSettings) -> str:
 
     good = device_of(train) == "cuda" and torch.cuda.is_bf16_supported()
     return "bf16" if good else "fp32"
-
-
-def pad_token_of(tokenizer: Any) -> int:
-    """Return the id that shorter rows are filled up with; it is masked everywhere."""
-    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
-        found = getattr(tokenizer, name, None)
-        if isinstance(found, int):
-            return found
-    return 0
 
 
 def _first_line(error: BaseException) -> str:

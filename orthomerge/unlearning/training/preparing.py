@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from orthomerge.errors import MissingExtraError, OrthoMergeError, RecipeError, combined
 from orthomerge.unlearning.data import (
+    Row,
     TokenisedSet,
+    alternate_rows,
     check_sets,
     fingerprint,
     load_rows,
+    padding_id,
+    set_notes,
     tokenise,
 )
 from orthomerge.unlearning.objectives import Need
-from orthomerge.unlearning.training.loading import (
-    check_model_folder,
-    load_tokenizer,
-    pad_token_of,
-)
+from orthomerge.unlearning.training.loading import check_model_folder, load_tokenizer
 from orthomerge.unlearning.training.settings import UnlearnRequest
 
 __all__ = ["PreparedSets", "prepare_sets", "require_libraries"]
 
 _FEWEST_CHECKED = 4  # retain rows below which none is kept from training
+_TOO_FEW = (
+    "no retain rows are kept from training (too few, or retain_check is 0): drift is measured on "
+    "the rows that are trained on"
+)
 
 
 @dataclass(frozen=True)
@@ -75,107 +79,100 @@ def prepare_sets(request: UnlearnRequest) -> PreparedSets:
         OrthoMergeError: With everything that is wrong, found together.
     """
     require_libraries()
-    problems: list[OrthoMergeError] = []
-    rows = _rows(request, problems)
-    wrong = check_model_folder(request.model)
-    problems += [wrong] if wrong else []
-    if problems:
-        raise combined(problems)
-    report = check_sets(rows["forget"], rows.get("retain"), rows.get("holdout"))
-    if report.problems:
-        raise combined(report.problems)
-    tokenizer = load_tokenizer(request.model)
-    sets = _tokenised(request, rows, tokenizer, problems)
-    if problems:
-        raise combined(problems)
-    return _arranged(request, sets, tokenizer, tuple(report.notes))
-
-
-def _rows(request: UnlearnRequest, problems: list[OrthoMergeError]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    problems = _missing_sets(request)
+    rows: dict[str, list[Row]] = {}
     for name in ("forget", "retain", "holdout"):
         path = getattr(request, name)
-        if path is None:
-            continue
         try:
-            found[name] = load_rows(path, keys=request.data.keys or None)
+            if path is not None:
+                rows[name] = load_rows(path, keys=request.data.keys or None)
         except OrthoMergeError as error:
             problems.append(error)
-    if request.retain is None and request.objective.needs_retain:
+    wrong = check_model_folder(request.model)
+    problems += [wrong] if wrong else []
+    if not problems:
+        problems = check_sets(rows["forget"], rows.get("retain"), rows.get("holdout"))
+    if problems:
+        raise combined(problems)
+    notes = set_notes(rows["forget"], rows.get("retain"), rows.get("holdout"))
+    return _tokenised(request, rows, [note.text for note in notes])
+
+
+def _missing_sets(request: UnlearnRequest) -> list[OrthoMergeError]:
+    if request.retain is not None:
+        return []
+    problems: list[OrthoMergeError] = []
+    if request.objective.needs_retain:
         problems.append(
             RecipeError(
                 "the objective weighs a retain loss, and there is no retain set",
                 remedy="Give --retain, or set retain_weight=0 to go without one.",
             )
         )
-    if request.retain is None and request.projection is not None:
+    if request.projection is not None:
         problems.append(
             RecipeError(
                 "the projection protects a retain set, and there is none",
                 remedy="Give --retain, or set projection=off.",
             )
         )
-    return found
+    return problems
 
 
 def _tokenised(
-    request: UnlearnRequest,
-    rows: Mapping[str, Any],
-    tokenizer: Any,
-    problems: list[OrthoMergeError],
-) -> dict[str, TokenisedSet]:
-    options: dict[str, Any] = {
-        "max_length": request.data.max_length,
-        "template": request.data.template,
-    }
-    todo = dict(rows)
+    request: UnlearnRequest, rows: dict[str, list[Row]], notes: list[str]
+) -> PreparedSets:
+    tokenizer = load_tokenizer(request.model)
+    todo: dict[str, Sequence[Row]] = dict(rows)
+    if "retain" in todo:
+        todo["retain"], todo["check"] = _split(rows["retain"], request)
     if Need.ALTERNATES in request.objective.needs:
-        from orthomerge.unlearning.data import with_alternates
-
-        todo["alternate"] = with_alternates(rows["forget"], seed=request.train.seed)
-    sets = {}
+        todo["alternate"] = alternate_rows(rows["forget"], seed=request.train.seed)
+    sets: dict[str, TokenisedSet] = {}
+    problems: list[OrthoMergeError] = []
     for name, found in todo.items():
+        if not found:
+            continue
+        # An alternate stands for its whole row, which therefore must stay one example.
+        long_text: Any = "cut" if "alternate" in todo else "split"
         try:
-            sets[name] = tokenise(found, tokenizer, name=name, **options)
+            sets[name] = tokenise(
+                found, tokenizer, max_length=request.data.max_length,
+                template=request.data.template, name=name, long_text=long_text,
+            )  # fmt: skip
         except OrthoMergeError as error:
             problems.append(error)
-    return sets
-
-
-def _arranged(
-    request: UnlearnRequest,
-    sets: Mapping[str, TokenisedSet],
-    tokenizer: Any,
-    notes: tuple[str, ...],
-) -> PreparedSets:
-    more = [
-        f"{found.truncated} of {len(found)} rows of the {name} set are cut to "
-        f"{request.data.max_length} tokens"
-        for name, found in sets.items()
-        if found.truncated
-    ]
-    retain, check = sets.get("retain"), None
-    if retain is not None:
-        retain, check = _split(retain, request)
-        if check is retain:
-            more.append("there are too few retain rows to keep some from training: drift is "
-                        "measured on the rows that are trained on")  # fmt: skip
+    if problems:
+        raise combined(problems)
+    notes += [_cut(found, request) for found in sets.values() if found.truncated]
+    if "retain" in sets and "check" not in sets:
+        notes.append(_TOO_FEW)
     return PreparedSets(
         tokenizer=tokenizer,
-        pad_token_id=pad_token_of(tokenizer),
+        pad_token_id=padding_id(tokenizer),
         forget=sets["forget"],
-        retain=retain,
-        check=check,
+        retain=sets.get("retain"),
+        check=sets.get("check", sets.get("retain")),
         holdout=sets.get("holdout"),
         alternate=sets.get("alternate"),
-        notes=(*notes, *more),
+        notes=tuple(notes),
     )
 
 
-def _split(retain: TokenisedSet, request: UnlearnRequest) -> tuple[TokenisedSet, TokenisedSet]:
-    """Keep a seeded share of the retain rows from training."""
+def _cut(found: TokenisedSet, request: UnlearnRequest) -> str:
+    count = len(found.truncated)
+    return (
+        f"{count} row{'s' if count > 1 else ''} of the {found.name} set "
+        f"{'are' if count > 1 else 'is'} cut to {request.data.max_length} tokens"
+    )
+
+
+def _split(retain: list[Row], request: UnlearnRequest) -> tuple[list[Row], list[Row]]:
+    """Keep a seeded share of the retain rows from training; none where there are too few."""
     count = min(int(len(retain) * request.data.retain_check), request.stop.rows)
     if count < _FEWEST_CHECKED:
-        return retain, retain
-    order = random.Random(request.train.seed).sample(range(len(retain)), len(retain))
-    return retain.subset(sorted(order[count:])), retain.subset(sorted(order[:count]))
+        return retain, []
+    order = random.Random(f"check:{request.train.seed}").sample(range(len(retain)), len(retain))
+    checked = set(order[:count])
+    kept = [row for place, row in enumerate(retain) if place not in checked]
+    return kept, [retain[place] for place in sorted(checked)]

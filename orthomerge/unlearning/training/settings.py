@@ -129,6 +129,7 @@ class UnlearnRequest:
         holdout: Of rows like the forget set's that the model never saw, or None.
         objective: The bound objective.
         projection: Settings of the projection; None does not project.
+        bank_rows: Most retain rows that the projection's bank covers.
         output: Folder to make.
         record: The settings that determine the result, JSON-ready, for the provenance.
     """
@@ -139,6 +140,7 @@ class UnlearnRequest:
     holdout: str | None
     objective: Objective
     projection: Mapping[str, Any] | None
+    bank_rows: int
     adapter: AdapterSettings
     data: DataSettings
     train: TrainSettings

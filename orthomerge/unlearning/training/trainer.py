@@ -20,6 +20,7 @@ from orthomerge.unlearning.objectives import Objective
 from orthomerge.unlearning.projection import RetainProjector
 from orthomerge.unlearning.training.callbacks import UnlearnCallback
 from orthomerge.unlearning.training.checkpointing import load_point, save_point
+from orthomerge.unlearning.training.windows import window_shares
 
 __all__ = ["UnlearnTrainer"]
 
@@ -85,7 +86,7 @@ class UnlearnTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *rest: Any) -> Any:
         """Fetch the batches of one optimizer step, and what share of it each is."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *rest)
-        self._shares = self.objective.shares(batches)
+        self._shares = window_shares(self.objective, batches)
         self.parts = {}
         return batches, items
 
