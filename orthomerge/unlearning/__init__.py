@@ -1,0 +1,1 @@
+"""Unlearning: make a model forget given rows while it keeps the rest."""
