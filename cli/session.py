@@ -16,7 +16,16 @@ import typer
 
 from orthomerge.errors import OrthoMergeError, ProblemsError
 
-__all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "printable", "resume_command", "run_guarded", "say"]
+__all__ = [
+    "INTERRUPTED",
+    "SESSION",
+    "Session",
+    "print_json",
+    "printable",
+    "resume_command",
+    "run_guarded",
+    "say",
+]
 
 USAGE, INTERRUPTED = 2, 130
 # Wherever this version of typer has it from.

@@ -44,9 +44,7 @@ def announce(request: UnlearnRequest, sets: PreparedSets) -> None:
         say(f"note: {note}", err=True)
 
 
-def dry_run_facts(
-    request: UnlearnRequest, sets: PreparedSets, found: Estimate
-) -> dict[str, Any]:
+def dry_run_facts(request: UnlearnRequest, sets: PreparedSets, found: Estimate) -> dict[str, Any]:
     """Return what a dry run says, JSON-ready."""
     named = {"forget": sets.forget, "retain": sets.retain, "check": sets.check}
     named |= {"holdout": sets.holdout, "alternate": sets.alternate}
@@ -116,16 +114,14 @@ def print_result(result: UnlearnResult) -> None:
             err=True,
         )
     say(f"{result.reason}; step {result.kept} of {result.steps} is kept", err=True)
-    for note in result.notes:
-        say(f"note: {note}", err=True)
+    for warning in result.warnings:
+        say(f"warning: {warning}", err=True)
     say(str(result.output))
 
 
 def _line(step: StepReport) -> None:
     if step.reading is not None:
         say(f"step {step.step}/{step.steps}  {_facts(step)}", err=True)
-    if step.verdict is not None and step.verdict.reason:
-        say(step.verdict.reason, err=True)
 
 
 def _facts(step: StepReport) -> str:

@@ -125,9 +125,7 @@ def _dry_run(request: UnlearnRequest, *, overwrite: bool, as_json: bool) -> None
     print_dry_run(request, sets, found)
 
 
-def _run(
-    request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool
-) -> UnlearnResult:
+def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) -> UnlearnResult:
     from orthomerge_cli.unlearning_text import announce, step_progress
 
     from orthomerge.quiet import quiet_libraries

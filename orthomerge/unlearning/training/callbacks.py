@@ -78,11 +78,18 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         report: Callable[[StepReport], None],
     ) -> None:
         self.trainer: Any = None
+        self.start: Snapshot | None = None
         self.best: Snapshot | None = None
         self.rule = rule
         self.reason = ""
         self._measure, self._every, self._report = measure, every, report
         self._clock = time.perf_counter()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the model of the start, unless the run goes on from later."""
+        del args, control
+        if state.global_step == 0:
+            self.start = Snapshot(self.trainer.model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -109,19 +116,24 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         """Return what a resumed run needs, for ``torch.save``."""
         return {
             "rule": self.rule.state(),
+            "start": None if self.start is None else self.start.state(),
             "best": None if self.best is None else self.best.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
         self.rule.restore(state["rule"])
-        self.best = None if state["best"] is None else Snapshot.from_state(state["best"])
+        self.start = state["start"] and Snapshot.from_state(state["start"])
+        self.best = state["best"] and Snapshot.from_state(state["best"])
 
     def _obey(self, verdict: Verdict, step: int, control: Any) -> None:
         trainer = self.trainer
         if verdict.keep:
             self.best = Snapshot(trainer.model, step)
-        if verdict.slower:
+        if verdict.back:
+            good = self.best or self.start
+            assert good is not None
+            good.restore(trainer.model)
             trainer.lr_scheduler.base_lrs = [rate / 2 for rate in trainer.lr_scheduler.base_lrs]
             for group in trainer.optimizer.param_groups:
                 group["lr"] /= 2

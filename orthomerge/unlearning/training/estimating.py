@@ -176,4 +176,3 @@ def _speed(request: UnlearnRequest) -> float:
         float(b[0, 0])
         best = min(best, time.perf_counter() - started)
     return 2 * _PROBE**3 / best / 2  # a model reaches about half of it
-

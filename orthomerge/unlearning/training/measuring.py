@@ -128,9 +128,7 @@ def rows_measured(data: TokenisedSet, stop: StopSettings) -> list[int]:
     return spread(len(data), stop.rows)
 
 
-def _batches(
-    data: TokenisedSet, rows: Sequence[int], size: int
-) -> Iterator[list[dict[str, Any]]]:
+def _batches(data: TokenisedSet, rows: Sequence[int], size: int) -> Iterator[list[dict[str, Any]]]:
     for start in range(0, len(rows), size):
         yield [{**data[row], "row": row} for row in rows[start : start + size]]
 

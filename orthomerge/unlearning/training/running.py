@@ -37,7 +37,7 @@ class UnlearnResult:
         steps: Optimizer steps taken.
         kept: The step whose model was kept.
         reason: Why it ended.
-        notes: What the user should know, in sentences.
+        warnings: What went otherwise than hoped, in sentences.
         report: Everything that is in the output's ``unlearning.json``.
     """
 
@@ -46,7 +46,7 @@ class UnlearnResult:
     steps: int
     kept: int
     reason: str
-    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     report: Mapping[str, Any]
 
 
@@ -111,7 +111,7 @@ def _run(
     staging.work.mkdir(exist_ok=True)
     point = latest_point(staging.work)
     session = Session(request, sets)
-    start = Snapshot(session.model)
+    start = Snapshot(session.model)  # before a point to resume from is loaded
     before = session.measure_all()
     level = session.level(before)
     _require_memorised(before, level, request)
@@ -133,7 +133,7 @@ def _run(
     after = session.measure_all()
     table = table_of(before, after)
     reason = callback.reason or f"all {trainer.state.global_step} steps were taken"
-    notes = (*sets.notes, *session.notes, *callback.rule.warnings)
+    warnings = (*session.notes, *callback.rule.warnings)
     content = {
         "steps": trainer.state.global_step,
         "kept_step": callback.best.step,
@@ -141,7 +141,8 @@ def _run(
         "level": None if level is None else {"loss": level.loss, "deviation": level.deviation,
                                              "source": level.source},
         "table": [row.as_dict() for row in table],
-        "notes": list(notes),
+        "notes": list(sets.notes),
+        "warnings": list(warnings),
     }  # fmt: skip
     names = write_model(
         staging.files,
@@ -154,7 +155,7 @@ def _run(
     )
     staging.publish(names)
     steps, kept = trainer.state.global_step, callback.best.step
-    return UnlearnResult(request.output, table, steps, kept, reason, notes, content)
+    return UnlearnResult(request.output, table, steps, kept, reason, warnings, content)
 
 
 def _told(log: StepLog, report: Callable[[StepReport], None], step: StepReport) -> None:

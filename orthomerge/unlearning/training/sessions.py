@@ -203,8 +203,7 @@ class Session:
             optim=_OPTIMIZERS[train.optimizer],
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            gradient_checkpointing=train.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            **_checkpointing(train.gradient_checkpointing),
             seed=train.seed,
             data_seed=train.seed,
             use_cpu=cpu,
@@ -218,3 +217,16 @@ class Session:
             logging_strategy="no",
             disable_tqdm=True,
         )
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Return what asks for gradient checkpointing, whose name transformers 5.24 has changed."""
+    if not wanted:
+        return {}
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    known = {field.name for field in fields(TrainingArguments)}
+    name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}

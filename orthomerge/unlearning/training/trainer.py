@@ -90,9 +90,7 @@ class UnlearnTrainer(Trainer):
         self.parts = {}
         return batches, items
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
         """Return ``γ L_forget + α L_retain``, for steps without projection."""
         share = self._share()
         loss = self.objective.forget_weight * self._forget_loss(model, inputs, share)

@@ -31,6 +31,8 @@ def window_shares(
 
 def _shares(counts: Sequence[float]) -> list[float]:
     total = sum(counts)
-    return [1.0 if count == total else count / total for count in counts] if total else [
-        0.0 for _ in counts
-    ]
+    return (
+        [1.0 if count == total else count / total for count in counts]
+        if total
+        else [0.0 for _ in counts]
+    )
