@@ -102,7 +102,7 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         if trainer.projector is not None:
             trainer.projector.end_window()
         if "retain" in trainer.parts:
-            trainer.objective.after_step(trainer.parts["retain"])
+            trainer.objective.after_step(trainer.parts["retain"], epoch=state.epoch)
         seconds = time.perf_counter() - self._clock
         reading = verdict = None
         if step % self._every == 0 or step >= state.max_steps:

@@ -174,7 +174,7 @@ class UnlearnTrainer(Trainer):
         return self._noted("forget", loss, share["forget"])
 
     def _retain_loss(self, model: Any, inputs: Any, share: dict[str, float]) -> Tensor | None:
-        needed = self.projector is not None or self.objective.retain_weight
+        needed = self.projector is not None or self.objective.needs_retain
         if not needed or "retain" not in inputs:
             return None
         loss = self.objective.retain_loss(model, self.reference, inputs)
