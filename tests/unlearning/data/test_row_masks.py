@@ -255,7 +255,7 @@ def test_a_slow_tokenizer_masks_templated_chats_the_same() -> None:
 
 
 words = st.text(
-    st.one_of(st.sampled_from(" \nabcQAé€😀:.<|"), st.characters(codec="utf-8", exclude_characters="\0")),
+    st.one_of(st.sampled_from(" \nabcQAé€😀:.<|"), st.characters(codec="utf-8")),
     min_size=1,
     max_size=12,
 ).filter(lambda text: bool(text.strip()))  # fmt: skip
@@ -348,7 +348,7 @@ def test_long_texts_lose_nothing(bos, max_length) -> None:
     assert set_.rows == (QUESTION_SHORT, *[LONG] * len(pieces))
     assert all(piece[: len(head)] == head for piece in pieces)
     text = tokenizer(LONG.text, add_special_tokens=False)["input_ids"]
-    assert sum((piece[len(head) :] for piece in pieces), []) == text
+    assert [token for piece in pieces for token in piece[len(head) :]] == text
     sizes = [len(piece) for piece in pieces]
     assert max(sizes) <= max_length
     assert max(sizes) - min(sizes) <= 1
@@ -380,8 +380,8 @@ def test_room_is_counted_behind_bos() -> None:
 def test_empty_sets_and_unsound_rows_are_refused() -> None:
     with pytest.raises(DataError, match="the forget set is empty"):
         tokenise([], tokenizer_of(), max_length=64, name="forget")
+    bad = Row("qa", prompt="x", answer=" ", where="f:9")
     with pytest.raises(ProblemsError, match="f:9: its answer is empty"):
-        bad = Row("qa", prompt="x", answer=" ", where="f:9")
         tokenise([bad, QUESTION, bad], tokenizer_of(), max_length=64)
     with pytest.raises(UnknownNameError, match="'cut'"):
         tokenise([QUESTION], tokenizer_of(), max_length=64, long_text="cutt")  # type: ignore[arg-type]
@@ -416,6 +416,7 @@ def test_fingerprint_is_of_the_content() -> None:
     def digest(*rows: Row, **options: Any) -> str:
         return fingerprint(tokenise(rows, tokenizer_of(), **{"max_length": 64, **options}))
 
+    start = "Question: Who wrote it?\nAnswer:"
     original = digest(QUESTION, CHAT)
     assert original == digest(replace(QUESTION, where="g:4", id="x"), CHAT, name="other")
     others = [
@@ -425,8 +426,8 @@ def test_fingerprint_is_of_the_content() -> None:
         digest(replace(QUESTION, weight=2.0), CHAT),
         digest(QUESTION, CHAT, max_length=24),
         # the same ids, another mask
-        digest(Row("completion", prompt="Question: Who wrote it?\nAnswer: Mira", answer=" wrote it."), CHAT),
-    ]  # fmt: skip
+        digest(Row("completion", prompt=f"{start} Mira", answer=" wrote it."), CHAT),
+    ]
     assert len({original, *others}) == 7
     assert original == "blake3:" + original[7:]
     assert len(original) == 71

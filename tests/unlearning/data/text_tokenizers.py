@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE with and without BOS and chat templates, and a slow one."""
+"""Tokenizers made on the spot: byte-level BPE, with and without BOS and templates; a slow one."""
 
 from __future__ import annotations
 
