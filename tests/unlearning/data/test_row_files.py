@@ -374,8 +374,6 @@ def test_parquet(tmp_path: Path) -> None:
     assert "Parquet" in str(problems_of(path)[0])
 
 
-# dill, when it hashes what makes a new set of an old one; not ours to fix.
-@pytest.mark.filterwarnings("ignore:Cannot (locate|pickle)")
 def test_saved_datasets(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     one = datasets.Dataset.from_list(QA)
