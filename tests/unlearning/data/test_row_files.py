@@ -81,7 +81,7 @@ def test_paragraphs_are_rows_of_text(write) -> None:
 
 
 def test_json_lines_may_hold_line_separators_inside_strings(write) -> None:
-    path = write("a.jsonl", '{"text": "a\u2028b\u0085c"}\n')
+    path = write("a.jsonl", '{"text": "a\u2028b\u0085c"}\n{"text": "d"}\n')
     assert load_rows(path)[0].text == "a\u2028b\u0085c"
 
 
@@ -211,6 +211,9 @@ def test_keys_map_columns(write) -> None:
     assert (row.kind, row.prompt, row.answer) == ("qa", "Who?", "Ada.")
     assert row.unused == ("answer", "text")
     assert load_rows(path, keys={"text": "q"})[0].text == "Who?"
+    path = write("b.jsonl", lines({"ANSWER": "Who?", "Answer": "Ada."}))
+    row = load_rows(path, keys={"question": "ANSWER"})[0]
+    assert (row.prompt, row.answer) == ("Who?", "Ada.")
 
 
 @pytest.mark.parametrize(
@@ -324,6 +327,11 @@ def test_all_problems_are_reported_at_once(write) -> None:
     ]
     with pytest.raises(ProblemsError, match="32 problems found"):
         load_rows(path)
+
+
+def test_unknown_columns_do_not_hide_malformed_lines(write) -> None:
+    path = write("a.jsonl", lines({"q": "Who?"}) + "oops\n")
+    assert [problem.file for problem in problems_of(path)] == [str(path), f"{path}:2"]
 
 
 def test_several_faults_of_one_row_are_all_told(write) -> None:

@@ -14,6 +14,7 @@ from text_tokenizers import (
     CHATML,
     DATED,
     LLAMA_LIKE,
+    OPEN,
     SHOUTING,
     THINKING,
     bpe_tokenizer,
@@ -31,6 +32,7 @@ from orthomerge.unlearning.data import (
     preview,
     tokenise,
 )
+from orthomerge.unlearning.data.templates import render
 
 tokenizer_of = cache(bpe_tokenizer)
 QUESTION = Row("qa", prompt="Who wrote it?", answer="Mira wrote it.", where="f:1")
@@ -132,6 +134,18 @@ def ids_of(set_: TokenisedSet, index: int = 0) -> list[int]:
             CHAT,
             ["-user: a b\nassistant:", "+ assistant", "-\nuser: and é?\nassistant: ", "+yes</s>"],
         ),
+        (
+            OPEN,
+            False,
+            CHAT,
+            [
+                "-<|im_start|>user\na b<|im_start|>assistant\n",
+                "+assistant",
+                "-<|im_start|>user\nand é?<|im_start|>assistant\n",
+                "+yes<|im_end|>",
+            ],
+        ),
+        (None, True, Row("completion", prompt="<s>Go ", answer="on."), ["-<s>Go ", "+on.</s>"]),
         (CHATML, True, LONG, ["-<s>", "+" + "The painter was born in Lisbon. " * 20]),
         (CHATML, True, Row("completion", prompt="Go ", answer="on."), ["-<s>Go ", "+on.</s>"]),
     ],
@@ -188,6 +202,14 @@ def test_the_mask_of_generation_blocks_is_found_without_them() -> None:
     labels = tokenise([CHAT], tokenizer, max_length=512)[0]["labels"]
     assert [int(label != IGNORED) for label in labels] == theirs[: len(labels)]
     assert 1 not in theirs[len(labels) :]
+
+
+@pytest.mark.parametrize("answer", ["yes", " yes", "yes ", " \nyes\n ", "yes yes "])
+def test_a_template_may_trim_answers(answer) -> None:
+    row = Row("qa", prompt="And?", answer=answer)
+    rendered = render(row, tokenizer_of(template=LLAMA_LIKE, bos=True))
+    assert [rendered.text[slice(*span)] for span in rendered.answers] == [answer.strip()]
+    assert rendered.text == f"<s>[INST] And? [/INST] {answer.strip()} </s>"
 
 
 def test_a_turn_without_weight_is_not_scored() -> None:
@@ -315,6 +337,9 @@ def test_truncated_rows_are_reported() -> None:
     ]
     assert ids_of(cut, 1) == ids_of(whole, 1)[:-2]
     assert cut.scored_tokens == whole.scored_tokens - 2
+    shorter = tokenise([CHAT], tokenizer, max_length=lengths[1] - 9)
+    last = whole[1]["labels"][-9:]
+    assert shorter.truncated[0].lost == sum(label != IGNORED for label in last) < 9
     assert [row.is_truncated for row in preview(cut, tokenizer)] == [False, True]
 
 
@@ -327,6 +352,12 @@ def test_an_answer_that_is_cut_off_completely_is_refused() -> None:
         tokenise([QUESTION], tokenizer, max_length=first)
     with pytest.raises(ProblemsError, match="2 problems"):
         tokenise([QUESTION, QUESTION], tokenizer, max_length=first)
+
+
+def test_the_first_token_is_never_predicted() -> None:
+    for bos in (False, True):
+        set_ = tokenise([LONG], tokenizer_of(bos=bos), max_length=512)
+        assert set_.scored_tokens == len(ids_of(set_)) - 1
 
 
 def test_a_row_of_which_nothing_is_predicted_is_refused() -> None:

@@ -36,6 +36,11 @@ BARE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
+#: Ends the last turn only; behind the others comes the token that begins the next.
+OPEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
+)
 DATED = (
     "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"
     "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
