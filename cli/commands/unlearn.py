@@ -128,7 +128,6 @@ def _dry_run(request: UnlearnRequest, *, overwrite: bool, as_json: bool) -> None
 def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) -> UnlearnResult:
     from orthomerge_cli.unlearning_text import announce, step_progress
 
-    from orthomerge.quiet import quiet_libraries
     from orthomerge.unlearning.training import (
         check_request_output,
         prepare_sets,
@@ -145,7 +144,7 @@ def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) 
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        with quiet_libraries(), step_progress(request.train.max_steps, show=show) as report:
+        with step_progress(request.train.max_steps, show=show) as report:
             return run_unlearning(
                 request, resume=resume, overwrite=overwrite, prepared=sets, report=report
             )

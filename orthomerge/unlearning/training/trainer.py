@@ -18,7 +18,7 @@ from transformers import Trainer
 from orthomerge.errors import NumericalError, RecipeError
 from orthomerge.unlearning.objectives import Objective
 from orthomerge.unlearning.projection import RetainProjector
-from orthomerge.unlearning.training.callbacks import UnlearnCallback
+from orthomerge.unlearning.training.callbacks import EpochCallback, UnlearnCallback
 from orthomerge.unlearning.training.checkpointing import load_point, save_point
 from orthomerge.unlearning.training.windows import window_shares
 
@@ -62,6 +62,7 @@ class UnlearnTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, args=args, **options)
+        self.add_callback(EpochCallback())
         self.objective = objective
         self.reference = reference
         self.projector = projector
