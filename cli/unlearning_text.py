@@ -32,8 +32,7 @@ def announce(request: UnlearnRequest, sets: PreparedSets) -> None:
     for name in ("forget", "retain", "holdout"):
         found = getattr(sets, name)
         if found is not None:
-            kept = len(sets.check) if name == "retain" and sets.check is not found else 0
-            more = f" + {kept} only measured" if kept else ""
+            more = _only_measured(sets) if name == "retain" else ""
             say(f"{name:<10} {len(found)} rows{more}  ({getattr(request, name)})", err=True)
     weights = f"γ {objective.forget_weight:g}, α {objective.retain_weight:g}"
     say(f"objective  {objective.info.name}, {weights}", err=True)
@@ -117,6 +116,11 @@ def print_result(result: UnlearnResult) -> None:
     for warning in result.warnings:
         say(f"warning: {warning}", err=True)
     say(str(result.output))
+
+
+def _only_measured(sets: PreparedSets) -> str:
+    kept = sets.check is not None and sets.check is not sets.retain
+    return f" + {len(sets.check)} only measured" if sets.check is not None and kept else ""
 
 
 def _line(step: StepReport) -> None:

@@ -67,8 +67,8 @@ class EpochCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Tell it before the first batch is fetched."""
         del args, control
-        dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
+        dataset: Any = getattr(train_dataloader, "dataset", None)
+        if dataset is not None and hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
 
 
