@@ -74,7 +74,7 @@ def solve_cone(
         NumericalError: An input is not finite, or the shapes do not fit.
 
     References:
-        Lawson and Hanson, Solving Least Squares Problems, chapter 23. GEM, arXiv:1706.08840, eq. 11.
+        Lawson and Hanson, Solving Least Squares Problems, chapter 23; GEM, arXiv:1706.08840.
 
     >>> lam, info = solve_cone(torch.eye(2) * 2, torch.tensor([-1.0, 4.0]))
     >>> lam.tolist(), info.rank.item()

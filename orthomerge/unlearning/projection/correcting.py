@@ -180,9 +180,10 @@ def _apply(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the corrected updates of the tensors that need it; return products as stored."""
     affected = (lam != 0).any(-1).nonzero()[:, 0].tolist()
-    tally = torch.zeros(3, dtype=torch.float64)  # squared correction, wanted and lost entries
-    counts = [tally.to(device) for device in {own.device for own in snapshot.parameters}]
-    tallies = {count.device: count for count in counts}
+    tallies = {  # squared correction, wanted entries and lost ones
+        device: torch.zeros(3, dtype=torch.float64, device=device)
+        for device in {own.device for own in snapshot.parameters}
+    }
 
     def corrected(index: int) -> torch.Tensor:
         correction = rows.combination(index, lam[index], P)
@@ -191,18 +192,19 @@ def _apply(
         wanted = delta.to(wide) - correction
         snapshot.write(index, wanted)
         stored = snapshot.delta(index)
-        count = tallies[stored.device]
-        count[0] += torch.linalg.vector_norm(correction, dtype=torch.float64) ** 2
+        tally = tallies[stored.device]
+        tally[0] += torch.linalg.vector_norm(correction, dtype=torch.float64) ** 2
         if snapshot.half:
-            count[1] += (wanted != 0).sum()
-            count[2] += ((wanted != 0) & (stored == 0)).sum()
+            tally[1] += (wanted != 0).sum()
+            tally[2] += ((wanted != 0) & (stored == 0)).sum()
         return stored
 
     b, norms = rows.against(corrected, only=affected)
     hit = torch.zeros(len(lam), dtype=torch.bool)
     hit[affected] = True
     merged = torch.where(hit[:, None], b, current[0]), torch.where(hit, norms, current[1])
-    square, moving, lost = rows.total(sum((c.cpu() for c in counts), tally)).tolist()
+    counted = torch.stack([tally.cpu() for tally in tallies.values()]).sum(0)
+    square, moving, lost = rows.total(counted).tolist()
     if not found.changed and affected:
         total = float(current[1].sum())
         found.correction = (square / total) ** 0.5 if total > 0 else 0.0

@@ -26,7 +26,6 @@ from orthomerge.unlearning.projection.removing import (
 )
 from orthomerge.unlearning.projection.solving import grouped
 from orthomerge.unlearning.projection.statistics import ProjectionStats
-from orthomerge.unlearning.projection.window import Window
 from orthomerge.unlearning.projection.writing import GradientStage
 
 __all__ = ["RetainProjector"]

@@ -128,7 +128,7 @@ class Window:
         slots = [slot for kind in self.kinds().values() for slot in kind]
         known = [float(norms[slot]) for slot in slots if norms[slot] > 0]
         reference = torch.tensor([*known, *self.norms, *([forget] if forget > 0 else [])])
-        least = _TINY * float(reference.median()) if len(reference) else 0.0
+        least = _TINY * float(reference.quantile(0.5)) if len(reference) else 0.0
         active, flags = torch.zeros(len(norms), dtype=torch.bool), []
         wide = self._settings.row_dtype == torch.float64
         for slot in slots:

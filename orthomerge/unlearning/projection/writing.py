@@ -89,7 +89,7 @@ class GradientStage:
         window, slot = self._window, self._window.batch
         active, flags = window.active(K, float(norms.sum()) ** 0.5)
         retain = float(K[:, slot, slot].sum())
-        if retain > 0 and window.filled:
+        if bool(active[window.protected]):  # noise must not lower the median
             window.norms.append(retain**0.5)
         whole = grouped(K, b, norms, torch.zeros_like(self._scope.groups))
         stats = ProjectionStats(
