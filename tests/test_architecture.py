@@ -28,9 +28,15 @@ ALLOWED = {
     "diagnostics": {"linalg", "checkpoints", "adapters"},
     "extraction": {"linalg", "checkpoints", "adapters", "diagnostics"},
     "recipe": {"linalg", "checkpoints", "adapters", "merging"},
+    "unlearning": {"linalg", "checkpoints", "adapters", "parameters"},
     "demo": {"linalg", "checkpoints", "adapters"},
 }
-PURE = ("orthomerge/linalg", "orthomerge/merging/methods", "orthomerge/merging/steps")
+PURE = (
+    "orthomerge/linalg",
+    "orthomerge/merging/methods",
+    "orthomerge/merging/steps",
+    "orthomerge/unlearning/projection",
+)
 IMPURE = {"os", "pathlib", "logging", "json", "pydantic", "io", "shutil", "subprocess"}
 LAZY = {"transformers", "peft", "matplotlib", "sklearn", "ray", "huggingface_hub", "datasets"}
 MAX_FILE, MAX_FUNCTION = 400, 60
