@@ -31,17 +31,14 @@ ALLOWED = {
     "unlearning": {"linalg", "checkpoints", "adapters", "parameters", "quiet"},
     "diagnostics": {"linalg", "checkpoints", "adapters"},
     "extraction": {"linalg", "checkpoints", "adapters", "diagnostics"},
-    "recipe": {"linalg", "checkpoints", "adapters", "merging", "parameters", "unlearning"},
-    "demo": {"linalg", "checkpoints", "adapters", "quiet"},
+    "recipe": {"linalg", "checkpoints", "adapters", "merging"},
+    "unlearning": {"linalg", "checkpoints", "adapters", "parameters"},
+    "demo": {"linalg", "checkpoints", "adapters"},
 }
-# Inside the unlearning room: who may look into whom.
-INNER = {"data": set(), "objectives": set(), "projection": set()}
-INNER["training"] = set(INNER)
 PURE = (
     "orthomerge/linalg",
     "orthomerge/merging/methods",
     "orthomerge/merging/steps",
-    "orthomerge/unlearning/objectives",
     "orthomerge/unlearning/projection",
 )
 IMPURE = {"os", "pathlib", "logging", "json", "pydantic", "io", "shutil", "subprocess"}
