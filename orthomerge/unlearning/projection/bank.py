@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from orthomerge.errors import RecipeError
-from orthomerge.unlearning.projection.capturing import Backward, gradients_of
 from orthomerge.unlearning.projection.rows import Rows
 
 __all__ = ["Bank", "BankGroup"]
@@ -25,18 +24,18 @@ class Bank:
         groups: Callables that yield (loss, weight) for the group's micro-batches; every loss is
             differentiated before the next is asked for.
         refresh_every: Windows between two refreshes.
-        backward: What to call in place of ``loss.backward()``.
+        gradients: Returns a loss's gradients of the protected parameters.
     """
 
     def __init__(
         self,
         groups: Sequence[BankGroup],
         refresh_every: int,
-        backward: Backward | None = None,
+        gradients: Callable[[torch.Tensor], Sequence[torch.Tensor | None]],
     ) -> None:
         if not groups:
             raise RecipeError("a bank needs at least one group of retain rows")
-        self._groups, self._every, self._backward = tuple(groups), refresh_every, backward
+        self._groups, self._every, self._gradients = tuple(groups), refresh_every, gradients
         self.age: int | None = None
 
     def __len__(self) -> int:
@@ -47,16 +46,13 @@ class Bank:
         """Return whether the rows are missing or too old."""
         return self.age is None or self.age >= self._every
 
-    def refresh(
-        self, rows: Rows, slots: Sequence[int], trained: Sequence[torch.Tensor], protected: int
-    ) -> None:
+    def refresh(self, rows: Rows, slots: Sequence[int], scale: float = 1.0) -> None:
         """Compute every row anew.
 
         Args:
             rows: Where the rows are stored.
             slots: One slot per group.
-            trained: Parameters whose gradients a backward pass may touch, protected ones first.
-            protected: How many of them are protected.
+            scale: Factor in the gradients from loss scaling.
 
         Raises:
             RecipeError: A group yields nothing, or weights that add up to nothing.
@@ -65,8 +61,7 @@ class Bank:
             rows.clear(slot)
             total = 0.0
             for loss, weight in group():
-                gradients = gradients_of(loss, trained, self._backward)
-                rows.add(slot, gradients[:protected], weight)
+                rows.add(slot, self._gradients(loss), weight)
                 total += weight
             if not total > 0:
                 raise RecipeError(
@@ -74,5 +69,5 @@ class Bank:
                     found=total,
                     remedy="Every group must yield (loss, weight) pairs.",
                 )
-            rows.scale(slot, 1 / total)
+            rows.scale(slot, 1 / (total * scale))
         self.age = 0

@@ -51,8 +51,10 @@ def _callback_class() -> type:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.protection.collect()
 
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.protection.record()
+        def on_optimizer_step(
+            self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+        ) -> None:
+            self.protection.record(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.protection.end(state.global_step)
@@ -101,7 +103,12 @@ class _Protection:
             self._projector.update(loss, weight)
         self._projector.project_()
 
-    def record(self) -> None:
+    def record(self, *, skipped: bool) -> None:
+        if not (self._projector.stepped or skipped):
+            raise VerificationError(
+                "the optimizer stepped without being corrected: it called no step hooks",
+                remedy="Use an optimizer that calls the hooks of torch.optim.Optimizer.",
+            )
         self.history.append(self._projector.last)
 
     def end(self, step: int) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from orthomerge.errors import OrthoMergeError, RecipeError, UnknownNameError, combined
 from orthomerge.unlearning.projection.bank import Bank, BankGroup
 from orthomerge.unlearning.projection.capturing import Backward, gradients_of
+from orthomerge.unlearning.projection.guarding import Attachment
 from orthomerge.unlearning.projection.products import average_
 from orthomerge.unlearning.projection.scopes import find_scope, local
 from orthomerge.unlearning.projection.settings import ProjectionSettings
@@ -54,9 +55,19 @@ class RowCollector:
         self._averaging = None if sharded else process_group
         self.window = Window(self.scope, self.settings, process_group if sharded else None)
         self._bank: Bank | None = None
-        self._attached = 0
+        self._attachments: list[Attachment] = []
         self._rise: torch.Tensor | float = 0.0
         self._restart()
+
+    @property
+    def attached(self) -> bool:
+        """Return whether hooks of this projector are on an optimizer."""
+        return any(attachment.attached for attachment in self._attachments)
+
+    @property
+    def stepped(self) -> bool:
+        """Return whether the guarded optimizer has stepped in this window."""
+        return self._state == "stepped"
 
     def update(
         self,
@@ -81,7 +92,8 @@ class RowCollector:
             RecipeError: The window was projected already.
         """
         self._open()
-        gradients = gradients_of(loss * weight, self.scope.trained, self._backward(backward))
+        run = self._backward(backward)
+        gradients = gradients_of(loss * weight, self.scope.trained, run)
         self.window.add(gradients, 1 / self._scale())
         if start_loss is not None:
             self._rise = self._rise + weight * (loss.detach().double() - start_loss)
@@ -104,17 +116,14 @@ class RowCollector:
         self._open()
         shared = isinstance(losses, torch.Tensor | list | tuple)
         items = list(losses) if shared else losses
+        backward = self._backward(backward)
         for number, loss in enumerate(items):
             retained = shared and number + 1 < len(items)  # type: ignore[arg-type]
 
             def run(loss: torch.Tensor, keep: bool = retained) -> None:
-                options = {"retain_graph": True} if keep else {}
-                if backward is not None:
-                    backward(loss, **options)
-                else:
-                    torch.autograd.backward(loss, **options)  # type: ignore[arg-type]
+                backward(loss, **({"retain_graph": True} if keep else {}))
 
-            self.window.add_extra(gradients_of(loss, self.scope.trained, run))
+            self.window.add_extra(gradients_of(loss, self.scope.trained, run), 1 / self._scale())
 
     def set_bank(self, groups: Sequence[BankGroup], *, backward: Backward | None = None) -> None:
         """Give the bank's groups of retain rows; ``project_`` computes their gradients.
@@ -134,7 +143,12 @@ class RowCollector:
                 expected=f"'bank' among the rows, at most {self.settings.bank_size} groups",
                 found=f"rows {tuple(self.settings.rows)}, {len(groups)} groups",
             )
-        bank = Bank(groups, self.settings.refresh_every, self._backward(backward))
+
+        def gradients(loss: torch.Tensor) -> list[torch.Tensor | None]:
+            found = gradients_of(loss, self.scope.trained, self._backward(backward))
+            return found[: len(self.scope.parameters)]
+
+        bank = Bank(groups, self.settings.refresh_every, gradients)
         self.window.make_room_for(bank)
         self._bank = bank
 
@@ -152,7 +166,7 @@ class RowCollector:
 
     def _open(self) -> None:
         """Start the next window if the last one has stepped, or refuse rows that come too late."""
-        if self._state == "stepped" or (self._state == "projected" and self._attached):
+        if self._state == "stepped" or (self._state == "projected" and self.attached):
             self.end_window()
         if self._state == "projected":
             raise RecipeError(
@@ -185,7 +199,7 @@ class RowCollector:
         if self._bank is None or not self._bank.due:
             return False
         slots, rows = self.window.bank, self.window.rows
-        self._bank.refresh(rows, slots, self.scope.trained, len(self.scope.parameters))
+        self._bank.refresh(rows, slots, self._scale())
         for slot in slots:
             average_(rows.flats(slot), self._averaging)
         return True
@@ -198,6 +212,8 @@ class RowCollector:
         tensors = [flat for slot in slots for flat in self.window.rows.flats(slot)]
         if self.window.outside is not None:
             tensors += self.window.outside.flats(0)
+        for slot in slots:
+            self.window.rows.touched(slot)
         gradients = [p.grad for p in self.scope.trained]
         average_([*tensors, *(local(g) for g in gradients if g is not None)], self._averaging)
 
@@ -213,12 +229,14 @@ class RowCollector:
             elif parameter.grad is not None:
                 local(parameter.grad).fill_(float("inf"))
 
-    def _backward(self, backward: Backward | None) -> Backward | None:
-        """Return the given backward, or the scaler's scaled one."""
-        if backward is not None or self.scaler is None:
+    def _backward(self, backward: Backward | None) -> Backward:
+        """Return the given backward, or the scaler's scaled one, or the plain one."""
+        if backward is not None:
             return backward
+        if self.scaler is None:
+            return torch.autograd.backward
         scaler = self.scaler
-        return lambda loss: torch.autograd.backward(scaler.scale(loss))
+        return lambda loss, **options: torch.autograd.backward(scaler.scale(loss), **options)
 
     def _scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())

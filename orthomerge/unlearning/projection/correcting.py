@@ -36,8 +36,10 @@ class Snapshot:
     """
 
     def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self.parameters = [local(parameter) for parameter in parameters]
-        self._saved = [own.clone() for own in self.parameters]
+        self._owners = parameters
+        self.parameters: list[torch.Tensor] = []
+        self._saved: list[torch.Tensor] = []
+        self.take()
 
     @property
     def bytes(self) -> int:
@@ -50,8 +52,12 @@ class Snapshot:
         return any(copy.dtype.itemsize == 2 for copy in self._saved)
 
     def take(self) -> None:
-        """Copy the parameters' current values into the copies."""
-        torch._foreach_copy_(self._saved, self.parameters)
+        """Copy the parameters' current values, wherever they are stored by now."""
+        self.parameters = [local(owner) for owner in self._owners]
+        if self._saved:
+            torch._foreach_copy_(self._saved, self.parameters)
+        else:
+            self._saved = [own.clone() for own in self.parameters]
 
     def restore(self) -> None:
         """Put the copied values back."""

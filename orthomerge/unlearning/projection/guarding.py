@@ -154,14 +154,34 @@ class StepGuard:
             finite_step: See ``FiniteStep``.
         """
         started = time.perf_counter()
-        snapshot, rows = self._snapshot, self._window.rows
+        snapshot = self._snapshot
         if snapshot is None:
             return stats.flagged("no_step")
-        proposed = rows.against(snapshot.delta)
+        proposed = self._window.rows.against(snapshot.delta)
         square = float(proposed[1].sum())
         if not square > 0 or square == float("inf"):
             return self._unusual(stats, square)
-        active, flags = self._window.active(rows.gram(), square**0.5)
+        if self._settings.after_step:
+            stats = self._corrected(optimizer, stats, rise, snapshot, proposed)
+        scale = 1.0 if finite_step is None else finite_step.shorten(snapshot, self._start)
+        return stats.flagged(
+            *(["shortened"] if scale < 1 else []),
+            milliseconds=stats.milliseconds + 1e3 * (time.perf_counter() - started),
+            step_scale=scale,
+            predicted=None if stats.predicted is None else scale * stats.predicted,
+        )
+
+    def _corrected(
+        self,
+        optimizer: torch.optim.Optimizer | None,
+        stats: ProjectionStats,
+        rise: float,
+        snapshot: Snapshot,
+        proposed: tuple[torch.Tensor, torch.Tensor],
+    ) -> ProjectionStats:
+        """Correct the update whose products with the rows, and squared norms, are given."""
+        rows = self._window.rows
+        active, flags = self._window.active(rows.gram(), float(proposed[1].sum()) ** 0.5)
         restoring = self._restoring(rise, active)
         found = correct_update(
             rows,
@@ -173,19 +193,13 @@ class StepGuard:
             restoring=restoring,
             proposed=proposed,
         )
-        scale = 1.0 if finite_step is None else finite_step.shorten(snapshot, self._start)
         self.corrections += 1
-        flags += ["out_of_reach"] if found.missed else []
-        flags += ["shortened"] if scale < 1 else []
-        elapsed = stats.milliseconds + 1e3 * (time.perf_counter() - started)
-        changes = _numbers(found, self._window.protected, bool(active.any()))
         return stats.flagged(
             *flags,
-            milliseconds=elapsed,
+            *(["out_of_reach"] if found.missed else []),
             restoring=restoring[1],
-            step_scale=scale,
             k=max(stats.k, int(active.sum())),
-            **changes,
+            **_numbers(found, self._window.protected, bool(active.any())),
         )
 
     def _restoring(self, rise: float, active: torch.Tensor) -> tuple[int, float]:
@@ -242,6 +256,11 @@ class Attachment:
             inner.register_step_pre_hook(lambda opt, args, kwargs: before(opt)),
             inner.register_step_post_hook(lambda opt, args, kwargs: after(opt)),
         ]
+
+    @property
+    def attached(self) -> bool:
+        """Return whether the hooks are still on."""
+        return bool(self._handles)
 
     def remove(self) -> None:
         """Take the hooks off; once is enough, again does nothing."""

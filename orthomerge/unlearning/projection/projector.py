@@ -216,12 +216,13 @@ class RetainProjector(RowCollector):
         """
         self._guard.check(unwrapped(optimizer))
         self._optimizer = unwrapped(optimizer)
-        self._attached += 1
-        return Attachment(
+        attachment = Attachment(
             optimizer,
             lambda inner: self._before_step(inner, finite_step),
             lambda inner: self._after_step(inner, finite_step),
         )
+        self._attachments.append(attachment)
+        return attachment
 
     def _before_step(
         self, optimizer: torch.optim.Optimizer, finite_step: FiniteStep | None

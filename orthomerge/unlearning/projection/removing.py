@@ -85,6 +85,7 @@ def remove_tangent(
     settings: ProjectionSettings,
     P: Scales,
     problem: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float = 1.0,
 ) -> Removal:
     """Replace every ``.grad`` by ``g - strength * G lam`` and measure what is left.
 
@@ -97,11 +98,12 @@ def remove_tangent(
         settings: Mode, cut-off, strength and margin.
         P: Flat preconditioner per parameter.
         problem: K, b and norms per parameter, as ``Rows.measure`` returned them.
+        scale: Factor in ``.grad`` from loss scaling.
     """
     K = problem[0]
     before = masked(grouped(*problem, groups), active)
     hard = settings.mode == "hard"
-    lam, info = _coefficients(before, settings, K, groups, active, retain_slot)
+    lam, info = _coefficients(before, settings, K, groups, active, retain_slot, scale)
     lam = settings.strength * lam
     after, stored = before, (problem[1], problem[2])
     exact = hard or settings.mode in ("cone", "conflict")
@@ -128,13 +130,15 @@ def _coefficients(
     groups: torch.Tensor,
     active: torch.Tensor,
     retain_slot: int,
+    scale: float,
 ) -> tuple[torch.Tensor, ConeInfo | None]:
     if settings.mode == "sign":
         total = grouped(K, K[:, :, retain_slot], K[:, retain_slot, retain_slot], groups)
         retain = masked(total, active).b
         return signed_coefficients(problem, retain, rtol=settings.cutoff), None
     mode: ConeMode = "hard" if settings.mode == "hard" else "cone"
-    return solve_groups(problem, mode, rtol=settings.cutoff, ascent=True, floor=settings.margin)
+    floor = settings.margin * scale
+    return solve_groups(problem, mode, rtol=settings.cutoff, ascent=True, floor=floor)
 
 
 def _subtract(

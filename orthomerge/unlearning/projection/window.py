@@ -67,7 +67,7 @@ class Window:
             self.outside.add(0, gradients[count:], weight)
         self.filled = True
 
-    def add_extra(self, gradients: Sequence[torch.Tensor | None]) -> None:
+    def add_extra(self, gradients: Sequence[torch.Tensor | None], weight: float = 1.0) -> None:
         """Store a protected row of its own for this window."""
         if "extra" not in self._settings.rows:
             raise RecipeError(
@@ -77,7 +77,7 @@ class Window:
             )
         slot = self.rows.take()
         self.extra.append(slot)
-        self.rows.add(slot, gradients[: len(self._scope.parameters)])
+        self.rows.add(slot, gradients[: len(self._scope.parameters)], weight)
 
     def make_room_for(self, bank: Bank) -> None:
         """Take slots for a bank's rows, giving those of an earlier bank back."""

@@ -5,6 +5,7 @@ Stage A as a whole; the algebra is in removing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ class GradientStage:
             P: Flat preconditioner per protected parameter; None for the identity.
             alpha: Factor of the window's retain gradient.
             gamma: Factor of the projected forget gradient.
-            scale: Factor in ``.grad`` from loss scaling, for the statistics alone.
+            scale: Factor in ``.grad`` from loss scaling; rows have none.
         """
         if not self._settings.before_step and not self._settings.after_step:
             self._combine(alpha, gamma)
@@ -63,11 +64,12 @@ class GradientStage:
     def _finite(self, P: Scales) -> tuple[_Products | None, list[str]]:
         """Measure; leave out rows that are not finite, or the window if it cannot do without."""
         K, b, norms = self._window.rows.measure(self._gradient, P)
+        outside_forget, outside_retain = self._outside()
         problems = []
-        if not bool(torch.isfinite(norms.sum())):
+        if not math.isfinite(float(norms.sum()) + outside_forget):
             problems.append("nonfinite_forget")
         spoilt = self._window.spoilt(K)
-        if self._window.batch in spoilt:
+        if self._window.batch in spoilt or not math.isfinite(outside_retain):
             problems.append("nonfinite_retain")
             self._window.usable = False
         if (problems or spoilt) and self._settings.nan_policy == "raise":
@@ -89,7 +91,7 @@ class GradientStage:
     ) -> ProjectionStats:
         K, b, norms = measured
         window, slot = self._window, self._window.batch
-        active, flags = window.active(K, float(norms.sum()) ** 0.5)
+        active, flags = window.active(K, float(norms.sum()) ** 0.5 / scale)
         retain = float(K[:, slot, slot].sum())
         if bool(active[window.protected]):  # noise must not lower the median
             window.norms.append(retain**0.5)
@@ -111,6 +113,7 @@ class GradientStage:
                 self._settings,
                 P,
                 measured,
+                scale,
             )
             stats, gamma = self._described(stats, removal, alpha * retain, gamma, scale)
         self._combine(alpha, gamma, K[:, slot, slot] > 0)
@@ -140,8 +143,16 @@ class GradientStage:
         if window.outside is not None:
             _add(self._scope.outside, window.outside.views(0), alpha, gamma, None)
 
+    def _outside(self) -> tuple[float, float]:
+        """Return the squared norms of the forget and retain gradients out of scope."""
+        if self._window.outside is None:
+            return 0.0, 0.0
+        parameters = self._scope.outside
+        K, _, norms = self._window.outside.measure(lambda t: flat_gradient(parameters[t]))
+        return float(norms.sum()), float(K.sum())
+
     def _outside_share(self, inside: float) -> float:
-        if self._window.outside is None or not self._window.filled:
+        if self._window.outside is None:
             return 0.0
         outside = float(self._window.outside.gram().sum())
         return outside / (inside + outside) if outside > 0 else 0.0

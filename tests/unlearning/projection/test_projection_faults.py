@@ -1,0 +1,193 @@
+"""What goes wrong without a word: dead hooks, replaced storage, loss scales, unseen values."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import tiny_projection as tiny
+import torch
+
+from orthomerge.errors import RecipeError, VerificationError
+from orthomerge.unlearning import RetainProjectionCallback, RetainProjector
+from orthomerge.unlearning.projection import FiniteStep
+
+RETAIN, FORGET = tiny.batch(1), tiny.batch(2)
+
+
+@pytest.fixture
+def model():
+    return tiny.TinyTransformer().double()
+
+
+def projector_for(model, **settings):
+    return RetainProjector(model, **({"row_dtype": torch.float64} | settings))
+
+
+def adamw(model, **changes):
+    return torch.optim.AdamW(model.parameters(), **({"lr": 1e-3, "weight_decay": 0.1} | changes))
+
+
+def window(model, projector, scaler=None, **arguments):
+    projector.update(tiny.nll(model, RETAIN))
+    loss = -tiny.nll(model, FORGET)
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return projector.project_(**arguments)
+
+
+@pytest.mark.parametrize("place", ["forget", "retain"])
+@pytest.mark.filterwarnings("ignore:.*not protected")
+def test_values_that_are_not_finite_out_of_scope_skip_the_window(model, place) -> None:
+    """Clipping by the global norm would carry one NaN into every parameter."""
+    projector, optimizer = projector_for(model, scope="up|down", history=2), adamw(model)
+    bad = math.nan * model.place.sum()
+    projector.update(tiny.nll(model, RETAIN) + (bad if place == "retain" else 0))
+    (-tiny.nll(model, FORGET) + (bad if place == "forget" else 0)).backward()
+    before = tiny.values(model)
+    assert "skipped_window" in projector.project_(retain_weight=1.0).flags
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with projector.guard(optimizer):
+        optimizer.step()
+    assert torch.equal(tiny.values(model), before)
+    projector.end_window()
+    assert len(projector.window.history) == (place == "forget")
+    assert "skipped_window" not in window(model, projector).flags
+
+
+def test_stage_a_with_a_finite_step_corrects_nothing(model) -> None:
+    twin = copy.deepcopy(model)
+    for each, options in ((model, {"finite_step": FiniteStep(lambda: 0.0)}), (twin, {})):
+        projector = projector_for(each, stage="A")
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1, weight_decay=0.1)
+        window(each, projector)
+        with projector.guard(optimizer, **options):
+            optimizer.step()
+        assert projector.last.correction is None
+    assert torch.equal(tiny.values(model), tiny.values(twin))
+
+
+def test_the_predicted_change_is_that_of_the_shortened_step(model) -> None:
+    projector, optimizer = projector_for(model, stage="B"), adamw(model)
+    losses = iter([0.0, 1.0, 0.0])  # too high at the whole step, low enough at half of it
+    r = tiny.gradient(model, tiny.nll(model, RETAIN))
+    projector.update(tiny.nll(model, RETAIN))
+    tiny.nll(model, RETAIN).backward()
+    projector.project_()
+    before = tiny.values(model)
+    with projector.guard(optimizer, FiniteStep(lambda: next(losses))):
+        optimizer.step()
+    assert projector.last.step_scale == 0.5
+    moved = float(r @ (tiny.values(model) - before))
+    assert moved < 0
+    assert projector.last.predicted == pytest.approx(moved, rel=1e-9)
+
+
+def test_a_correction_follows_parameters_whose_storage_was_replaced(model) -> None:
+    projector, optimizer = projector_for(model, delta_mode="hard"), adamw(model)
+    for _ in range(2):
+        for parameter in model.parameters():  # as .to(), .half() and merging adapters do
+            parameter.data = parameter.data.clone()
+        r = tiny.gradient(model, tiny.nll(model, RETAIN))
+        before = tiny.values(model)
+        window(model, projector)
+        with projector.guard(optimizer):
+            optimizer.step()
+        optimizer.zero_grad()
+        projector.end_window()
+        assert "no_step" not in projector.last.flags
+        assert abs(tiny.cosine(r, tiny.values(model) - before)) < 1e-9
+
+
+def test_a_loss_scale_does_not_make_rows_look_tiny(model) -> None:
+    """Rows are unscaled and .grad is not: norms of both decide what counts as noise."""
+    found = []
+    for scale in (1.0, 2.0**24):
+        model.zero_grad()
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        projector = projector_for(model, scaler=scaler, stage="A")
+        projector.update(1e-3 * tiny.nll(model, RETAIN))
+        scaler.scale(-tiny.nll(model, FORGET)).backward()
+        stats = projector.project_()
+        assert stats.flags == ()
+        found.append(tiny.flat(p.grad / scale for p in model.parameters()))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_margin_does_not_depend_on_the_loss_scale(model) -> None:
+    found = []
+    for kind in ("extra", "batch"):
+        for scale in (1.0, 2.0**10):
+            model.zero_grad()
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            projector = projector_for(
+                model, scaler=scaler, stage="A", mode="cone", margin=0.5, rows=(kind,)
+            )
+            if kind == "extra":
+                projector.add_rows([tiny.nll(model, RETAIN), tiny.nll(model, tiny.batch(9))])
+            projector.update(tiny.nll(model, RETAIN))
+            scaler.scale(-tiny.nll(model, FORGET)).backward()
+            projector.project_()
+            found.append(tiny.flat(p.grad / scale for p in model.parameters()))
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])
+    assert (found[0] - found[2]).norm() > 1e-3
+
+
+def test_bank_and_own_rows_are_computed_from_scaled_losses_and_unscaled(model) -> None:
+    """A small loss underflows in half precision unless it is scaled, for every kind of row."""
+    seen = []
+
+    class Seen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append(float(gradient))
+            return gradient
+
+    projector = projector_for(model, stage="A")
+    projector.set_bank([lambda: [(Seen.apply(tiny.nll(model, tiny.batch(20))), 2.0)]])
+    projector.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # as a trainer does, later
+    projector.add_rows([Seen.apply(tiny.nll(model, tiny.batch(21)))])
+    window(model, projector, projector.scaler)
+    assert seen == [64.0, 64.0]
+    for seed, slot in ((20, projector.window.bank[0]), (21, projector.window.extra[0])):
+        row = tiny.flat(projector.window.rows.views(slot))
+        expected = tiny.gradient(model, tiny.nll(model, tiny.batch(seed)))
+        torch.testing.assert_close(row, expected)
+
+
+class _Hookless:
+    """Stands for an optimizer that never calls step hooks."""
+
+    def __init__(self, skipped: bool) -> None:
+        self.step_was_skipped = skipped
+
+
+def test_a_step_that_called_no_hook_is_found_at_once(model) -> None:
+    projector = projector_for(model, stage="B")
+    callback = RetainProjectionCallback(projector, lambda: [(tiny.nll(model, RETAIN), 1.0)])
+    callback.protection.begin(adamw(model), 0)
+    (-tiny.nll(model, FORGET)).backward()
+    callback.protection.collect()
+    callback.on_optimizer_step(None, None, None, optimizer=_Hookless(skipped=True))
+    assert not projector.stepped
+    with pytest.raises(VerificationError, match="hook"):
+        callback.on_optimizer_step(None, None, None, optimizer=_Hookless(skipped=False))
+
+
+def test_a_removed_attachment_no_longer_ends_windows(model) -> None:
+    projector = projector_for(model)
+    handle = projector.attach(adamw(model))
+    assert projector.attached
+    window(model, projector)
+    projector.update(tiny.nll(model, RETAIN))  # an attached projector ends the window itself
+    projector.end_window()
+    handle.remove()
+    assert not projector.attached
+    window(model, projector)
+    with pytest.raises(RecipeError, match="projected already"):
+        projector.update(tiny.nll(model, RETAIN))
