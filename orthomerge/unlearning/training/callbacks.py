@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from orthomerge.errors import VerificationError
 from orthomerge.unlearning.training.keeping import Snapshot
 from orthomerge.unlearning.training.stopping import Reading, StopRule, Verdict
 
@@ -25,7 +26,7 @@ class StepReport:
         forget_loss: The objective's forget loss on the step's batch.
         retain_loss: Its retain loss, or None.
         learning_rate: Of the step.
-        seconds: Since the step before.
+        seconds: From its first batch to the end of its update.
         projection: The projection's statistics, or None.
         reading: What was measured after it, or None.
         verdict: What was decided from that, or None.
@@ -98,17 +99,19 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         self.rule = rule
         self.reason = ""
         self._measure, self._every, self._report = measure, every, report
-        self._clock = time.perf_counter()
+        self._clock, self._rate = time.perf_counter(), 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the step's clock."""
+        """Start the step's clock, and note its learning rate before the schedule goes on."""
         del args, state, control
         self._clock = time.perf_counter()
+        self._rate = float(self.trainer.optimizer.param_groups[0]["lr"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Do everything that follows a step."""
         trainer, step = self.trainer, state.global_step
         if trainer.projector is not None:
+            self._require_corrected()
             trainer.projector.end_window()
         if "retain" in trainer.parts:
             trainer.objective.after_step(trainer.parts["retain"], epoch=state.epoch)
@@ -132,6 +135,14 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         """Take over what ``state`` gave."""
         self.rule.restore(state["rule"])
         self.best = state["best"] and Snapshot.from_state(state["best"])
+
+    def _require_corrected(self) -> None:
+        if self.trainer.projector.stepped or self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        raise VerificationError(
+            "the optimizer stepped without being corrected: it called no step hooks",
+            remedy="Use an optimizer that calls the hooks of torch.optim.Optimizer.",
+        )
 
     def _obey(self, verdict: Verdict, step: int, control: Any) -> None:
         trainer = self.trainer
@@ -161,7 +172,7 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
             steps=steps,
             forget_loss=trainer.parts["forget"],
             retain_loss=trainer.parts.get("retain"),
-            learning_rate=float(trainer.optimizer.param_groups[0]["lr"]),
+            learning_rate=self._rate,
             seconds=seconds,
             projection=None if last is None else last.as_dict(),
             reading=reading,

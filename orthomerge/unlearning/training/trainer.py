@@ -78,7 +78,7 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the optimizer and let the projector correct its steps."""
-        first = self.optimizer is None
+        first = self.projector is not None and not self.projector.attached
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self.projector is not None and first:
             self.projector.attach(optimizer)
