@@ -214,8 +214,8 @@ class RowCollector:
             tensors += self.window.outside.flats(0)
         for slot in slots:
             self.window.rows.touched(slot)
-        gradients = [p.grad for p in self.scope.trained]
-        average_([*tensors, *(local(g) for g in gradients if g is not None)], self._averaging)
+        gradients = _present(self.scope.trained, self._averaging)
+        average_([*tensors, *gradients], self._averaging)
 
     def _leave_out(self) -> None:
         """Make the optimizer do nothing in this window.
@@ -240,6 +240,18 @@ class RowCollector:
 
     def _scale(self) -> float:
         return 1.0 if self.scaler is None else float(self.scaler.get_scale())
+
+
+def _present(parameters: Sequence[torch.Tensor], group: Any) -> list[torch.Tensor]:
+    """Return the gradients that some process has; where another one has none it gets zeros."""
+    found = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float64)
+    found = found.to(parameters[0].device)
+    average_([found], group)
+    present = [p for p, there in zip(parameters, found.tolist(), strict=True) if there]
+    for parameter in present:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    return [local(parameter.grad) for parameter in present if parameter.grad is not None]
 
 
 def _checked(settings: Mapping[str, Any]) -> ProjectionSettings:

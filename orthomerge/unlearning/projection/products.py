@@ -14,7 +14,7 @@ import torch
 __all__ = ["average_", "combine", "products", "squared_norm", "summed"]
 
 BLOCK = 4096  # float32 products are summed over so many entries, and then in float64
-_SMALL = 1 << 14  # below this many entries everything is float64
+_SMALL = 1 << 16  # a copy in float64 of a vector so short costs less than the calls to avoid it
 _CHUNK = {"cpu": 1 << 17, "other": 1 << 22}  # columns in flight: cache on a CPU, launches on a GPU
 
 
@@ -26,7 +26,8 @@ def products(
     X [a, n], Y [b, n], P [n] -> [a, b]; several Y are taken as one below the other, without
     joining them in memory. Long float32 rows are multiplied in blocks of 4096 whose sums are added
     in float64: the error is about 1e-8 of the product of the norms, where one float32 sum over
-    10^8 entries may lose every digit. Short or float64 rows are exact to float64.
+    10^8 entries may lose every digit. Rows of at most 4096 entries, or in float64, are exact to
+    float64.
 
     >>> products(torch.ones(1, 3), torch.ones(2, 3), torch.tensor([1.0, 2.0, 3.0]))
     tensor([[6., 6.]], dtype=torch.float64)
@@ -45,7 +46,7 @@ def products(
 
 def _chunk(X: torch.Tensor, Ys: list[torch.Tensor], P: torch.Tensor | None) -> torch.Tensor:
     size = X.shape[-1]
-    exact = size <= _SMALL or any(t.dtype == torch.float64 for t in (X, *Ys))
+    exact = size <= BLOCK or any(t.dtype == torch.float64 for t in (X, *Ys))
     wide = torch.float64 if exact else torch.float32
     X, Ys = X.to(wide), [part.to(wide) for part in Ys]
     Y = Ys[0] if len(Ys) == 1 else torch.cat(Ys)
@@ -71,6 +72,8 @@ def squared_norm(v: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor
     """
     if P is not None:
         return products(v[None], v[None], P)[0, 0]
+    if len(v) <= _SMALL:
+        return torch.linalg.vector_norm(v, dtype=torch.float64).square()
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     whole = len(v) // BLOCK * BLOCK
     lengths = torch.linalg.vector_norm(v[:whole].reshape(-1, BLOCK), dim=-1)

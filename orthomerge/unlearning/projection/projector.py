@@ -242,9 +242,6 @@ class RetainProjector(RowCollector):
         self._state = "stepped"
         if not (self.settings.after_step or finite_step is not None):
             return
-        if "skipped_window" in self.last.flags:
-            self._guard.undo()
-            return
         self.last = self._guard.after(optimizer, self.last, float(self._rise), finite_step)
 
     def state_dict(self) -> dict[str, Any]:

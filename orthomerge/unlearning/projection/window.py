@@ -5,6 +5,7 @@ Collects and rotates rows; it neither projects nor steps.
 
 from __future__ import annotations
 
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -124,15 +125,14 @@ class Window:
             K: Gram matrices per parameter, [tensors, slots, slots], with finite entries.
             forget: Norm of the forget gradient, or of the update.
         """
-        norms = K.diagonal(dim1=-2, dim2=-1).sum(0).clamp(min=0).sqrt()
+        norms: list[float] = K.diagonal(dim1=-2, dim2=-1).sum(0).clamp(min=0).sqrt().tolist()
         slots = [slot for kind in self.kinds().values() for slot in kind]
-        known = [float(norms[slot]) for slot in slots if norms[slot] > 0]
-        reference = torch.tensor([*known, *self.norms, *([forget] if forget > 0 else [])])
-        least = _TINY * float(reference.quantile(0.5)) if len(reference) else 0.0
+        known = [norm for norm in (*(norms[s] for s in slots), *self.norms, forget) if norm > 0]
+        least = _TINY * statistics.median(known) if known else 0.0
         active, flags = torch.zeros(len(norms), dtype=torch.bool), []
         wide = self._settings.row_dtype == torch.float64
         for slot in slots:
-            norm = float(norms[slot])
+            norm = norms[slot]
             active[slot] = norm > least and (wide or norm**2 > _SQUARE_UNDERFLOW)
             if not active[slot]:
                 flags.append("zero_row" if norm == 0 else "tiny_row")

@@ -81,7 +81,6 @@ class GradientStage:
         for slot in spoilt:
             self._window.drop(slot)
             K[:, slot] = K[:, :, slot] = 0.0
-            b[:, slot] = 0.0
         if problems:
             return None, problems
         return (K, b, norms), ["dropped_rows"] if spoilt else []
@@ -182,6 +181,6 @@ def _add(
             continue
         part = row.to(g.device).reshape(g.shape)
         if g.dtype == part.dtype:
-            g.mul_(gamma).add_(part, alpha=alpha)
+            (g if gamma == 1 else g.mul_(gamma)).add_(part, alpha=alpha)
         else:
             g.copy_(gamma * g.to(part.dtype) + alpha * part)

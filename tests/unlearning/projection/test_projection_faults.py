@@ -191,3 +191,76 @@ def test_a_removed_attachment_no_longer_ends_windows(model) -> None:
     window(model, projector)
     with pytest.raises(RecipeError, match="projected already"):
         projector.update(tiny.nll(model, RETAIN))
+
+
+def test_a_spoilt_row_is_left_out_without_a_trace(model) -> None:
+    model.other = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    projector = projector_for(model, stage="A")
+    bad = math.nan * (tiny.nll(model, tiny.batch(9)) + model.other.sum())
+    projector.add_rows([bad, tiny.nll(model, tiny.batch(8))])
+    stats = window(model, projector)
+    assert stats.flags == ("dropped_rows",)
+    assert stats.k == 2
+    assert len(projector.window.extra) == 1
+    assert model.other.grad is None  # an optimizer would decay what has a gradient of zeros
+    model.other.grad = torch.zeros_like(model.other)
+    found = tiny.flat(p.grad for p in model.parameters())
+    for seed in (1, 8):
+        assert (
+            abs(tiny.cosine(found, tiny.gradient(model, tiny.nll(model, tiny.batch(seed))))) < 1e-9
+        )
+
+
+def test_the_smoothed_row_outlives_a_spoilt_window(model) -> None:
+    projector = projector_for(model, row_ema=0.8, rows=("batch",), stage="A", granularity="global")
+    rows = []
+    for factor in (1.0, math.nan, 1.0):
+        model.zero_grad()
+        seed = 30 + len(rows)
+        rows.append(tiny.gradient(model, tiny.nll(model, tiny.batch(seed))))
+        projector.update(factor * tiny.nll(model, tiny.batch(seed)))
+        (-tiny.nll(model, FORGET)).backward()
+        projector.project_()
+        projector.end_window()
+    smooth = 0.8 * rows[0] + 0.2 * rows[2]
+    found = tiny.flat(p.grad for p in model.parameters())
+    assert abs(tiny.cosine(found, smooth)) < 1e-9
+    assert abs(tiny.cosine(found, rows[2])) > 1e-3
+
+
+def test_a_spoilt_row_of_a_window_that_was_given_up_leaves_the_history(model) -> None:
+    projector = projector_for(model, history=2, stage="A")
+    projector.update(math.nan * tiny.nll(model, RETAIN))
+    projector.end_window()
+    stats = window(model, projector)
+    assert stats.flags == ("dropped_rows",)
+    assert stats.k == 1
+    projector.end_window()
+    assert len(projector.window.history) == 1
+    assert projector.window.batch not in projector.window.history
+
+
+def test_what_is_left_of_a_nearly_collinear_gradient_is_not_used(model) -> None:
+    projector = projector_for(model, stage="A", granularity="global")
+    projector.update(tiny.nll(model, RETAIN))
+    (-2 * tiny.nll(model, RETAIN) - 1e-4 * tiny.nll(model, FORGET)).backward()
+    stats = projector.project_(retain_weight=0.5)
+    assert 1e-6 < stats.kept < 1e-3
+    r = tiny.gradient(model, tiny.nll(model, RETAIN))
+    found = tiny.flat(p.grad for p in model.parameters())
+    torch.testing.assert_close(found, 0.5 * r, rtol=0, atol=1e-9)
+    assert stats.slope == pytest.approx(0.5 * float(r @ r), rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*not protected")
+def test_retain_gradients_out_of_scope_have_the_same_weight(model) -> None:
+    found = []
+    for scope in (None, "up|down"):
+        model.zero_grad()
+        projector = projector_for(model, scope=scope, mode="off", stage="A")
+        tiny.nll(model, RETAIN).backward()
+        projector.update_from_grads(0.25)
+        (-tiny.nll(model, FORGET)).backward()
+        projector.project_(retain_weight=2.0)
+        found.append(tiny.flat(p.grad for p in model.parameters()))
+    torch.testing.assert_close(found[0], found[1])

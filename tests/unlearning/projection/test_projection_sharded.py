@@ -65,7 +65,21 @@ found = {{}}
 for kind in ("single", "ddp", "manual", "fsdp"):
     for granularity in ("per-tensor", "global"):
         found[kind + " " + granularity] = train(kind, granularity)
+# A parameter that only one process uses, as an expert of a mixture may be.
+model = tiny.TinyTransformer().double()
+model.spare = torch.nn.Parameter(torch.ones(3).double())
+used = model.spare.sum() if rank == 0 else 0.0
+projector = RetainProjector(
+    model, row_dtype=torch.float64, process_group=dist.group.WORLD, scope="spare|norm", stage="A"
+)
+projector.update(tiny.nll(model, tiny.batch(1)) + used)
+(-tiny.nll(model, tiny.batch(2)) + 2 * used).backward()
+projector.project_(retain_weight=3.0)
+both = [torch.zeros(3).double() for _ in range(2)]
+dist.all_gather(both, model.spare.grad)
+uneven = torch.cat(both).tolist()
 if rank == 0:
+    print("UNEVEN", json.dumps(uneven))
     print("RESULT", json.dumps(found))
 dist.destroy_process_group()
 """
@@ -88,6 +102,9 @@ def test_two_processes_agree_with_one(tmp_path) -> None:
     ]
     outputs = [process.communicate(timeout=200) for process in processes]
     assert all(p.returncode == 0 for p in processes), [errors[-2000:] for _, errors in outputs]
+    uneven = next(x for x in outputs[0][0].splitlines() if x.startswith("UNEVEN"))
+    values = json.loads(uneven.removeprefix("UNEVEN "))
+    assert values == pytest.approx([3.0 / 2] * 6)  # the forget part is parallel, and removed
     line = next(x for x in outputs[0][0].splitlines() if x.startswith("RESULT"))
     found = json.loads(line.removeprefix("RESULT "))
     assert len(found) == 8
