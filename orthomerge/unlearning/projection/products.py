@@ -73,7 +73,8 @@ def squared_norm(v: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor
     if P is not None:
         return products(v[None], v[None], P)[0, 0]
     if len(v) <= _SMALL:
-        return torch.linalg.vector_norm(v, dtype=torch.float64).square()
+        short: torch.Tensor = torch.linalg.vector_norm(v, dtype=torch.float64).square()
+        return short
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     whole = len(v) // BLOCK * BLOCK
     lengths = torch.linalg.vector_norm(v[:whole].reshape(-1, BLOCK), dim=-1)

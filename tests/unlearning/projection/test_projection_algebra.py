@@ -224,6 +224,20 @@ def test_batches_solve_like_single_problems() -> None:
             torch.testing.assert_close(together[i], solve_cone(K[i], b[i], mode)[0])
 
 
+@pytest.mark.parametrize("mode", ["hard", "cone"])
+def test_the_cutoff_decides_which_directions_are_constrained(mode) -> None:
+    G = T([[1.0, 0.0], [-1.0, 0.01]]).double()  # eigenvalues of 2 and 2.5e-5
+    u = T([1.0, 1.0]).double()
+    sharp, info = solve_cone(G @ G.T, G @ u, mode, rtol=1e-7)
+    assert info.rank.item() == 2
+    torch.testing.assert_close(u - G.T @ sharp, torch.zeros(2).double(), rtol=0, atol=1e-9)
+    blunt, info = solve_cone(G @ G.T, G @ u, mode, rtol=1e-3)
+    assert info.rank.item() == 1
+    assert blunt.abs().max() < 2  # not the hundred that the small direction takes
+    torch.testing.assert_close(u - G.T @ blunt, T([0.0, 1.0]).double(), rtol=0, atol=0.02)
+    assert 0 < info.violation < 0.02
+
+
 def test_offset_asks_for_a_decrease() -> None:
     G = torch.randn(7, 2, generator=torch.Generator().manual_seed(0)).double()
     u = torch.randn(7, generator=torch.Generator().manual_seed(1)).double()

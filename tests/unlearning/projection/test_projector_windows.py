@@ -272,6 +272,12 @@ def test_tied_weights_count_once(model) -> None:
     assert len(named.scope.parameters) == 2
 
 
+def test_a_scope_matches_any_part_of_a_name(model) -> None:
+    scope = projector_for(model, scope=r"\.bias$").scope
+    assert scope.names == ("norm1.bias", "norm2.bias", "up.bias", "down.bias")
+    assert len(scope.outside) == len(list(model.parameters())) - 4
+
+
 def test_unselected_parameters_keep_forget_and_retain_parts(model) -> None:
     projector = projector_for(model, scope=r"up|down")
     assert all("up" in n or "down" in n for n in projector.scope.names)

@@ -181,6 +181,26 @@ def test_the_adam_metric_is_floored_and_reads_the_state_after_the_step(model) ->
         adam_metric(bad, parameters)
 
 
+def test_the_adam_metric_of_a_falling_gradient_and_of_a_parameter_without_a_state(model) -> None:
+    model.spare = nn.Parameter(torch.ones(3))
+    optimizer = adamw(model, betas=(0.0, 0.9), amsgrad=True)
+    for factor in (1.0, 1e-3):  # the running maximum stays, the second moment falls
+        optimizer.zero_grad()
+        (factor * tiny.nll(model, RETAIN)).backward()
+        optimizer.step()
+    parameters = list(model.parameters())
+    scales = adam_metric(optimizer, parameters)
+    known = [(p, s) for p, s in zip(parameters, scales, strict=True) if p is not model.spare]
+    for p, scale in known:
+        assert (optimizer.state[p]["max_exp_avg_sq"] > optimizer.state[p]["exp_avg_sq"]).any()
+        root = (optimizer.state[p]["max_exp_avg_sq"].double() / (1 - 0.9**2)).sqrt().reshape(-1)
+        expected = 1 / (root.clamp(min=1e-2 * root.square().mean().sqrt()) + 1e-8)
+        torch.testing.assert_close(scale.double(), expected, rtol=1e-5, atol=0)
+    mean = torch.cat([scale for _, scale in known]).double().mean()
+    spare = scales[[p is model.spare for p in parameters].index(True)]
+    torch.testing.assert_close(spare.double(), mean.expand(3), rtol=1e-5, atol=0)
+
+
 def test_cold_metric_is_flagged_and_then_used(model) -> None:
     optimizer = adamw(model, betas=(0.0, 0.99))
     projector = RetainProjector(model, metric="adam", delta_metric="adam", optimizer=optimizer)
