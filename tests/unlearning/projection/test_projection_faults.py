@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import nullcontext
 
 import pytest
 import tiny_projection as tiny
@@ -148,16 +149,20 @@ def test_bank_and_own_rows_are_computed_from_scaled_losses_and_unscaled(model) -
             seen.append(float(gradient))
             return gradient
 
-    projector = projector_for(model, stage="A")
+    projector = projector_for(model, stage="A", refresh_every=1)
     projector.set_bank([lambda: [(Seen.apply(tiny.nll(model, tiny.batch(20))), 2.0)]])
     projector.scaler = torch.amp.GradScaler("cpu", init_scale=64.0)  # as a trainer does, later
-    projector.add_rows([Seen.apply(tiny.nll(model, tiny.batch(21)))])
-    window(model, projector, projector.scaler)
-    assert seen == [64.0, 64.0]
-    for seed, slot in ((20, projector.window.bank[0]), (21, projector.window.extra[0])):
-        row = tiny.flat(projector.window.rows.views(slot))
-        expected = tiny.gradient(model, tiny.nll(model, tiny.batch(seed)))
-        torch.testing.assert_close(row, expected)
+    for _ in range(2):
+        projector.add_rows([Seen.apply(tiny.nll(model, tiny.batch(21)))])
+        window(model, projector, projector.scaler)
+        for seed, slot in ((20, projector.window.bank[0]), (21, projector.window.extra[0])):
+            row = tiny.flat(projector.window.rows.views(slot))
+            expected = tiny.gradient(model, tiny.nll(model, tiny.batch(seed)))
+            torch.testing.assert_close(row, expected)
+        projector.end_window()
+        with torch.no_grad():
+            model.embed.weight.mul_(1.5)
+    assert seen == [64.0] * 4
 
 
 class _Hookless:
@@ -177,6 +182,18 @@ def test_a_step_that_called_no_hook_is_found_at_once(model) -> None:
     assert not projector.stepped
     with pytest.raises(VerificationError, match="hook"):
         callback.on_optimizer_step(None, None, None, optimizer=_Hookless(skipped=False))
+
+
+def test_the_steps_of_a_resumed_training_are_counted_from_there(model) -> None:
+    projector, optimizer = projector_for(model, stage="B"), adamw(model)
+    callback = RetainProjectionCallback(projector, lambda: [(tiny.nll(model, RETAIN), 1.0)])
+    callback.protection.begin(optimizer, 5)
+    (-tiny.nll(model, FORGET)).backward()
+    callback.protection.collect()
+    optimizer.step()
+    callback.protection.end(6)
+    with pytest.raises(VerificationError, match="not every"):
+        callback.protection.end(7)
 
 
 def test_a_removed_attachment_no_longer_ends_windows(model) -> None:
@@ -264,3 +281,50 @@ def test_retain_gradients_out_of_scope_have_the_same_weight(model) -> None:
         projector.project_(retain_weight=2.0)
         found.append(tiny.flat(p.grad for p in model.parameters()))
     torch.testing.assert_close(found[0], found[1])
+
+
+@pytest.mark.parametrize("stage", ["A", "B"])
+def test_a_second_pass_removes_what_rounding_left(stage) -> None:
+    """Nearly all of the vector is removed, so that the rounding of one pass is large beside it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal():
+        return torch.randn(20_000, generator=generator)
+
+    w = torch.nn.Parameter(torch.zeros(20_000))
+    common = normal()
+    rows, f = [common, common + normal()], common + 1e-2 * normal()
+    projector = RetainProjector([w], stage=stage, rows=("extra",), delta_mode="hard")
+    projector.add_rows([(r * w).sum() for r in rows])
+    (f * w).sum().backward()
+    projector.project_()
+    with projector.guard(torch.optim.SGD([w], lr=1e-3)) if stage == "B" else nullcontext():
+        if stage == "B":
+            w.detach().sub_(1e-3 * w.grad)
+    left = (w.grad if stage == "A" else w.detach()).double()
+    assert left.norm() > 1e-6 * f.norm()
+    assert max(abs(tiny.cosine(left, r.double())) for r in rows) < 1e-7
+
+
+def test_the_restore_rule_counts_micro_batches_by_their_weights(model) -> None:
+    projector, optimizer = projector_for(model, restore=0.5), adamw(model)
+    for seed, weight, rise in ((3, 0.25, 0.004), (4, 0.75, 0.008)):
+        loss = tiny.nll(model, tiny.batch(seed))
+        projector.update(loss, weight, start_loss=loss.item() - rise)
+    (-tiny.nll(model, FORGET)).backward()
+    projector.project_()
+    with projector.guard(optimizer):
+        optimizer.step()
+    assert projector.last.restoring == pytest.approx(0.5 * (0.25 * 0.004 + 0.75 * 0.008), rel=1e-6)
+
+
+def test_the_slope_does_not_depend_on_the_loss_scale_or_the_stage(model) -> None:
+    r = tiny.gradient(model, tiny.nll(model, RETAIN))
+    g = tiny.gradient(model, -tiny.nll(model, FORGET))
+    for scale in (1.0, 2.0**10):
+        for stage, forget in (("A", 0.0), ("B", float(r @ g))):
+            model.zero_grad()
+            scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            projector = projector_for(model, scaler=scaler, stage=stage)
+            stats = window(model, projector, scaler, retain_weight=0.5)
+            assert stats.slope == pytest.approx(forget + 0.5 * float(r @ r), rel=1e-9)

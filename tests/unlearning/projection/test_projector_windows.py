@@ -439,6 +439,8 @@ def test_saved_state_reproduces_the_next_step(model) -> None:
     state = copy.deepcopy(first.state_dict())
     second = make()
     second.load_state_dict(state)
+    assert second.window.norms == first.window.norms
+    assert len(second.window.norms) == 3
     results = []
     for projector in (first, second, make()):
         stats = window(model, projector)

@@ -162,6 +162,34 @@ def test_predicted_change_and_ratio_of_correction(model) -> None:
     assert abs(tiny.cosine(r, delta)) < 1e-12
 
 
+@pytest.mark.parametrize("metric", ["euclid", "fisher", "adam"])
+def test_the_correction_is_the_smallest_in_its_metric(model, metric) -> None:
+    """Delta - P r (r^T Delta) / (r^T P r), with the second moments after the step."""
+    model.double()
+    fisher = {n: torch.rand_like(p) for n, p in model.named_parameters()}
+    settings = {"delta_mode": "hard", "granularity": "global", "row_dtype": torch.float64}
+    projector = RetainProjector(model, stage="B", delta_metric=metric, fisher=fisher, **settings)
+    twin, optimizer = copy.deepcopy(model), adamw(model)
+    other = adamw(twin)
+    for seed in range(2):
+        start = tiny.values(model)
+        r, delta = step(model, projector, optimizer, seed)
+        (-tiny.nll(twin, FORGET)).backward()
+        nn.utils.clip_grad_norm_(twin.parameters(), 0.1)
+        other.step()
+        other.zero_grad()
+        proposed = tiny.values(twin) - start
+        P = torch.ones_like(r)
+        if metric == "adam":
+            P = tiny.flat(adam_metric(optimizer, list(model.parameters())))
+        if metric == "fisher":
+            P = tiny.flat(1 / (F.float() + 1e-3 * F.float().mean()) for F in fisher.values())
+        expected = proposed - P * r * (r @ proposed) / (r @ (P * r))
+        torch.testing.assert_close(delta, expected, rtol=1e-5, atol=1e-10)
+        assert (delta - proposed).norm() > 1e-4 * proposed.norm()
+        twin.load_state_dict(model.state_dict())
+
+
 def test_the_adam_metric_is_floored_and_reads_the_state_after_the_step(model) -> None:
     optimizer = adamw(model, betas=(0.0, 0.9), amsgrad=True)
     parameters = list(model.parameters())
