@@ -121,14 +121,14 @@ def _missing_sets(request: UnlearnRequest) -> list[OrthoMergeError]:
         problems.append(
             RecipeError(
                 "the objective weighs a retain loss, and there is no retain set",
-                remedy="Give --retain, or set retain_weight=0 to go without one.",
+                remedy="Give --retain, or --set retain_weight=0 to go without one.",
             )
         )
     if request.projection is not None:
         problems.append(
             RecipeError(
                 "the projection protects a retain set, and there is none",
-                remedy="Give --retain, or set projection=off.",
+                remedy="Give --retain, or --projection off.",
             )
         )
     return problems
