@@ -72,8 +72,8 @@ def load_model(model: str, adapter: AdapterSettings, train: TrainSettings) -> An
 
     stored = adapter.kind != "full" and device_of(train) != "cpu" and precision_of(train) != "fp32"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto" if stored else torch.float32
+        loaded, facts = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto" if stored else torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(
@@ -81,7 +81,14 @@ def load_model(model: str, adapter: AdapterSettings, train: TrainSettings) -> An
             file=model,
             remedy="See what the folder holds with: orthomerge inspect",
         ) from error
-    loaded.config.use_cache = False
+    missing = sorted(facts["missing_keys"])
+    if missing:  # transformers has drawn them at random
+        raise CheckpointError(
+            f"lacks {len(missing)} of the tensors of its architecture",
+            file=model,
+            tensor=missing[0],
+            remedy="Is it the right config.json, and are all shards there? See: orthomerge inspect",
+        )
     return loaded
 
 
@@ -137,7 +144,15 @@ def device_of(train: TrainSettings) -> str:
 
 
 def precision_of(train: TrainSettings) -> str:
-    """Return ``fp32``, ``bf16`` or ``fp16``."""
+    """Return ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        RecipeError: fp16 is asked for on a CPU.
+    """
+    if train.precision == "fp16" and device_of(train) == "cpu":
+        raise RecipeError(
+            "fp16 needs a GPU", found="a CPU", remedy="Set train.precision to fp32 or bf16."
+        )
     if train.precision != "auto":
         return train.precision
     import torch
