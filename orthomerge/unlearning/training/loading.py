@@ -40,6 +40,16 @@ def check_model_folder(model: str) -> OrthoMergeError | None:
             file=model,
             remedy="Unlearning runs the model, so it needs the folder that transformers loads.",
         )
+    return _check_config(folder / "config.json")
+
+
+def _check_config(path: Path) -> OrthoMergeError | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return CheckpointError(f"cannot be read: {_first_line(error)}", file=path)
+    if not isinstance(found, dict):
+        return CheckpointError("is no model's configuration", file=path, expected="an object")
     return None
 
 
@@ -68,6 +78,7 @@ def load_model(model: str, adapter: AdapterSettings, train: TrainSettings) -> An
         CheckpointError: transformers cannot load it as a causal language model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     stored = adapter.kind != "full" and device_of(train) != "cpu" and precision_of(train) != "fp32"
@@ -75,7 +86,7 @@ def load_model(model: str, adapter: AdapterSettings, train: TrainSettings) -> An
         loaded, facts = AutoModelForCausalLM.from_pretrained(
             model, dtype="auto" if stored else torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot be loaded as a causal language model: {_first_line(error)}",
             file=model,

@@ -25,7 +25,11 @@ from orthomerge.unlearning.training.callbacks import StepReport
 from orthomerge.unlearning.training.checkpointing import latest_point
 from orthomerge.unlearning.training.failing import resources_told
 from orthomerge.unlearning.training.keeping import Snapshot, require_changed
-from orthomerge.unlearning.training.preparing import PreparedSets, prepare_sets
+from orthomerge.unlearning.training.preparing import (
+    PreparedSets,
+    prepare_sets,
+    require_one_process,
+)
 from orthomerge.unlearning.training.saving import LOG_NAME, StepLog, write_model
 from orthomerge.unlearning.training.sessions import Session
 from orthomerge.unlearning.training.settings import UnlearnRequest
@@ -80,6 +84,7 @@ def run_unlearning(
             finite; nothing changed; the disk is full. Nothing of the output stays then, except
             what ``resume`` continues from.
     """
+    require_one_process()
     check_request_output(request, overwrite=overwrite)
     sets = prepared or prepare_sets(request)
     identity = blake3(json_text(dict(request.record), indent=None).encode()).hexdigest()

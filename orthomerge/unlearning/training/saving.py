@@ -61,6 +61,9 @@ def write_model(
     if adapter:
         for config in model.peft_config.values():
             config.base_model_name_or_path = name_or_path
+            for key, value in vars(config).items():
+                if isinstance(value, set):  # whose order differs from process to process
+                    setattr(config, key, sorted(value))
     for stale in folder.iterdir():  # of an attempt that failed
         stale.unlink()
     model.save_pretrained(folder)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from orthomerge_cli.main import app
+from orthomerge_cli.session import run_guarded
 from tiny_llama import make_folder, make_tokenizer
 
 
@@ -20,3 +22,15 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command line in this process; return (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        code = run_guarded(app, [str(argument) for argument in arguments])
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return run

@@ -167,7 +167,10 @@ def test_a_step_that_goes_too_far_is_taken_back_and_the_rate_halved(facts, tmp_p
     assert result.kept == best.step
     forget, retain = result.table[:2]
     assert forget.loss_after == pytest.approx(best.reading.forget, rel=1e-5)
-    assert forget.loss_after <= result.report["level"]["loss"] + 0.1 * result.report["level"]["deviation"]
+    assert (
+        forget.loss_after
+        <= result.report["level"]["loss"] + 0.1 * result.report["level"]["deviation"]
+    )
     assert retain.loss_after <= retain.loss_before + 0.4 + 1e-6
 
 

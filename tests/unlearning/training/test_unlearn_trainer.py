@@ -1,4 +1,4 @@
-"""The trainer against a plain one, against itself in other micro-batches, and its projected steps."""
+"""The trainer against a plain one and against itself in other batches; its projected steps."""
 
 from __future__ import annotations
 
