@@ -107,6 +107,8 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         reading = verdict = None
         if step % self._every == 0 or step >= state.max_steps:
             reading = self._measure(step)
+            if trainer.processes is not None:
+                reading = trainer.processes.first(reading)
             verdict = self.rule.judge(reading)
             self._obey(verdict, step, control)
         control.should_save = control.should_save and not control.should_training_stop

@@ -151,6 +151,13 @@ def device_of(train: TrainSettings) -> str:
     kind = train.device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError("there is no CUDA device", found=train.device, remedy="Use cpu or auto.")
+    number = train.device.partition(":")[2] or "0"
+    if number != "0":
+        raise RecipeError(
+            "the Trainer of transformers always takes the first CUDA device it sees",
+            found=train.device,
+            remedy=f"Set train.device to cuda, and CUDA_VISIBLE_DEVICES={number} around the run.",
+        )
     return kind
 
 

@@ -218,3 +218,38 @@ def test_a_loss_that_is_not_finite_ends_it_and_says_which(projection, tmp_path):
         next(model.parameters())[3] = float("nan")
     with pytest.raises(NumericalError, match=r"the forget loss is not finite at step 1"):
         trainer.train()
+
+
+def test_what_the_restore_rule_asks_for_does_not_depend_on_the_micro_batches(tmp_path):
+    asked = []
+    for size in (16, 4):
+        model = tiny_model(torch.float64)
+        trainer, watch = unlearn_trainer(
+            tmp_path, model, uneven_rows(1, 16), uneven_rows(2, 16), max_steps=1,
+            projection={**BATCH, "restore": 0.5}, per_device_train_batch_size=size,
+            gradient_accumulation_steps=16 // size, optim="sgd",
+        )  # fmt: skip
+        trainer._start_loss = lambda batch: 1.5
+        trainer.train()
+        asked.append(trainer.projector.last.restoring)
+        rise = float(cross_entropy_at(model, watch)) - 1.5
+        assert asked[-1] == pytest.approx(0.5 * rise, rel=1e-5)
+    assert asked[0] > 0.1
+
+
+def test_a_scaled_loss_takes_the_same_step(tmp_path):
+    """Loss scaling of fp16, without fp16: a CPU has none, but scales all the same."""
+    found = []
+    for scale in (None, 2.0**12):
+        model = tiny_model(torch.float64)
+        trainer, watch = unlearn_trainer(
+            tmp_path, model, uneven_rows(1, 8), uneven_rows(2, 8), max_steps=2, max_grad_norm=0.0,
+            projection={**BATCH, "restore": 0.5}, optim="sgd", learning_rate=0.05,
+        )  # fmt: skip
+        trainer._start_loss = lambda batch: 1.5
+        if scale:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.train()
+        found.append(update(model, watch, 1))
+    assert (found[1] - found[0]).norm() <= 1e-9 * found[0].norm()
+    assert found[0].norm() > 1e-4
