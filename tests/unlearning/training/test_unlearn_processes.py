@@ -44,7 +44,7 @@ if case["projected"]:
             yield trainer.objective.retain_loss(model, None, batch), 1.0
         return losses
     trainer.projector.set_bank([group(s) for s in range(3)])
-    trainer._start_loss = lambda batch: 0.5
+    trainer._start_loss = lambda batch: 3.3
 if case.get("poisoned") and int(os.environ.get("RANK", "0")) == 1:
     real = trainer.objective.forget_loss
     trainer.objective.forget_loss = lambda *a: real(*a) * float("nan")
@@ -111,7 +111,7 @@ def test_two_processes_equal_one(case, tmp_path):
         assert [found["projections"] for found in (*one, *two)] == [5, 5, 5]
         for key in ("kept", "restoring", "cos_before", "cos_after", "predicted"):
             assert two[0]["stats"][key] == pytest.approx(one[0]["stats"][key], rel=1e-4), key
-        assert one[0]["stats"]["restoring"] > 0.1
+        assert one[0]["stats"]["restoring"] > 0.01
 
 
 @pytest.mark.slow

@@ -253,3 +253,28 @@ def test_a_scaled_loss_takes_the_same_step(tmp_path):
         found.append(update(model, watch, 1))
     assert (found[1] - found[0]).norm() <= 1e-9 * found[0].norm()
     assert found[0].norm() > 1e-4
+
+
+def test_every_retain_row_is_used_over_the_epochs_whatever_samples(tmp_path):
+    """Forget sets are small: the pairs must move on from epoch to epoch."""
+    from accelerate.data_loader import SeedableRandomSampler
+
+    class Sampled(
+        type(unlearn_trainer(tmp_path, tiny_model(), even_rows(1, 4), even_rows(2, 4))[0])
+    ):
+        def _get_train_sampler(self, *args: Any, **options: Any) -> Any:
+            generator = torch.Generator()
+            return SeedableRandomSampler(self.train_dataset, generator=generator, data_seed=3)
+
+    for kind in (None, Sampled):
+        model = tiny_model()
+        trainer, watch = unlearn_trainer(
+            tmp_path, model, even_rows(1, 4), even_rows(2, 12), max_steps=3
+        )
+        if kind is not None:
+            trainer.__class__ = kind
+        trainer.train()
+        used = [
+            row for window in watch.batches for b in window for row in b["retain"]["row"].tolist()
+        ]
+        assert sorted(used) == list(range(12))
