@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import (
     OrthoMergeError,
+    ProblemsError,
     RecipeError,
     UnknownNameError,
     combined,
 )
+from orthomerge.recipe.unlearning_projection import projection_settings
 from orthomerge.recipe.unlearning_schema import UnlearnRecipe
 from orthomerge.recipe.validation import apply_settings, validated
 from orthomerge.recipe.yaml_positions import Document, load_yaml_file
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
     from orthomerge.unlearning.training import StepReport, UnlearnRequest, UnlearnResult
 
 __all__ = ["load_unlearning", "unlearn", "unlearning_from_data", "unlearning_request"]
-
-_BANK_ROWS = 256
 
 
 def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
@@ -153,18 +153,38 @@ def _missing(recipe: UnlearnRecipe, document: Document) -> list[OrthoMergeError]
 
 def _unknown(recipe: UnlearnRecipe, document: Document) -> list[OrthoMergeError]:
     """Return what the objective and the projection say is wrong, with where it stands."""
+    problems: list[OrthoMergeError] = []
+    objective: Objective | None = None
     try:
-        _objective(recipe)
-    except UnknownNameError as error:
-        key = ("objective",) if error.kind == "objective" else ("parameters", error.name)
-        return [error.at(document.where(key))]
+        objective = _objective(recipe)
     except OrthoMergeError as error:
-        return [error.at(document.where(("parameters",)))]
+        problems.append(error.at(document.where(_place(error, recipe))))
+
+    def where(key: str | None) -> str:
+        return document.where(("projection", key) if key else ("projection",))
+
     try:
-        _projection(recipe)
+        projection, _ = _projection(recipe, where)
     except OrthoMergeError as error:
-        return [error.at(document.where(("projection",)))]
-    return []
+        return [*problems, *(error.problems if isinstance(error, ProblemsError) else (error,))]
+    if projection is not None and objective is not None and objective.retain == "none":
+        problems.append(
+            RecipeError(
+                "the projection protects the retain loss, and there is none",
+                file=document.where(("loss", "retain_loss")),
+                remedy="Choose another loss.retain_loss, or set projection to off.",
+            )
+        )
+    return problems
+
+
+def _place(error: OrthoMergeError, recipe: UnlearnRecipe) -> tuple[str, ...]:
+    """Return the key of the recipe that an objective's complaint is about."""
+    if isinstance(error, UnknownNameError):
+        return ("objective",) if error.kind == "objective" else ("parameters", error.name)
+    if recipe.loss.retain_loss is not None and error.found == recipe.loss.retain_loss:
+        return ("loss", "retain_loss")
+    return ("parameters",) if recipe.parameters else ("objective",)
 
 
 def _objective(recipe: UnlearnRecipe) -> Objective:
@@ -177,23 +197,8 @@ def _objective(recipe: UnlearnRecipe) -> Objective:
     )
 
 
-def _projection(recipe: UnlearnRecipe) -> tuple[Mapping[str, Any] | None, int]:
-    """Return the projector's settings, None for none, and how many rows its bank covers."""
-    from dataclasses import fields
-
-    from orthomerge.unlearning.projection import ProjectionSettings, preset
-
-    given = dict(recipe.projection)
-    name = given.pop("preset")
-    bank_rows = given.pop("bank_rows", _BANK_ROWS)
-    if name == "off":
-        return None, 0
-    known = {field.name for field in fields(ProjectionSettings)} | {"scope"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise UnknownNameError("setting of the projection", unknown[0], {*known, "bank_rows"})
-    settings = preset(str(name), **given)
-    ProjectionSettings(**{k: v for k, v in settings.items() if k != "scope"})
-    if not isinstance(bank_rows, int) or bank_rows < 1:
-        raise RecipeError("bank_rows must be a number of rows", found=bank_rows, expected=">= 1")
-    return settings, bank_rows
+def _projection(
+    recipe: UnlearnRecipe, where: Callable[[str | None], str] | None = None
+) -> tuple[Mapping[str, Any] | None, int]:
+    momentum = recipe.train.optimizer == "adamw"
+    return projection_settings(recipe.projection, momentum=momentum, where=where)

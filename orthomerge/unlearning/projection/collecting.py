@@ -58,6 +58,16 @@ class RowCollector:
         self._rise: torch.Tensor | float = 0.0
         self._restart()
 
+    @property
+    def alone(self) -> bool:
+        """Return whether gradients are taken to be complete on this process."""
+        return self._group is None
+
+    @property
+    def sharded(self) -> bool:
+        """Return whether every process is taken to hold a part of each parameter."""
+        return self._group is not None and self._averaging is None
+
     def update(
         self,
         loss: torch.Tensor,

@@ -192,7 +192,7 @@ class Session:
 
         train, precision = self.request.train, precision_of(self.request.train)
         cpu = device_of(train) == "cpu"
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(work),
             max_steps=train.max_steps,
             per_device_train_batch_size=train.batch_size,
@@ -219,6 +219,9 @@ class Session:
             logging_strategy="no",
             disable_tqdm=True,
         )
+        if not cpu:
+            arguments._n_gpu = 1  # else every GPU of the machine gets a batch of its own
+        return arguments
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:
