@@ -49,9 +49,7 @@ def test_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch) -> None:
     import unlearning_real
     from unlearning_real_tables import real_text_table
 
-    several = [
-        {"objective": "npo", "alpha": 1.0, "projection": name} for name in ("off", "gu")
-    ]
+    several = [{"objective": "npo", "alpha": 1.0, "projection": name} for name in ("off", "gu")]
     output = tmp_path / "result.json"
     words = ["unlearning_real.py", "--size", "tiny", "--seeds", "1", "--output", str(output)]
     monkeypatch.setattr("sys.argv", words)

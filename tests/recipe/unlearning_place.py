@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "unlearning" / "training"))
-from tiny_llama import (  # noqa: E402
+from tiny_llama import (
     FORGET,
     HOLDOUT,
     RETAIN,
@@ -16,7 +16,7 @@ from tiny_llama import (  # noqa: E402
     write_rows,
 )
 
-from orthomerge.quiet import quiet_libraries  # noqa: E402
+from orthomerge.quiet import quiet_libraries
 
 #: What cuts a run to two steps on a few rows.
 SMALL = ("train.max_steps=2", "train.batch_size=4", "train.device=cpu", "stop.evaluate_every=2",
