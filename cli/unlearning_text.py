@@ -12,6 +12,7 @@ from orthomerge_cli.session import say
 from orthomerge.recipe.sizes import format_size
 
 if TYPE_CHECKING:
+    from orthomerge.unlearning.projection import Checkup
     from orthomerge.unlearning.training import (
         Estimate,
         PreparedSets,
@@ -20,7 +21,14 @@ if TYPE_CHECKING:
         UnlearnResult,
     )
 
-__all__ = ["announce", "dry_run_facts", "print_dry_run", "print_result", "step_progress"]
+__all__ = [
+    "announce",
+    "dry_run_facts",
+    "print_checkup",
+    "print_dry_run",
+    "print_result",
+    "step_progress",
+]
 
 _PREVIEWED = 3
 
@@ -32,8 +40,7 @@ def announce(request: UnlearnRequest, sets: PreparedSets) -> None:
     for name in ("forget", "retain", "holdout"):
         found = getattr(sets, name)
         if found is not None:
-            kept = len(sets.check) if name == "retain" and sets.check is not found else 0
-            more = f" + {kept} only measured" if kept else ""
+            more = _only_measured(sets) if name == "retain" else ""
             say(f"{name:<10} {len(found)} rows{more}  ({getattr(request, name)})", err=True)
     weights = f"γ {objective.forget_weight:g}, α {objective.retain_weight:g}"
     say(f"objective  {objective.info.name}, {weights}", err=True)
@@ -79,6 +86,22 @@ def print_dry_run(request: UnlearnRequest, sets: PreparedSets, found: Estimate) 
     say(f"at most {found.steps} steps of about {found.seconds_per_step:.2g} s: {_spell(total)}")
 
 
+def print_checkup(found: Checkup) -> None:
+    """Print what trying the projection has shown."""
+    slopes = [
+        "not told from rounding" if s is None else f"{s:.2f}"
+        for s in (found.slope_raw, found.slope_projected)
+    ]
+    say(f"protected numbers            {found.parameters:,}")
+    say(f"cosine of the two gradients  {found.cosine:.3f}")
+    say(f"forget gradient kept         {found.kept:.1%}")
+    say(f"retain gradient left in it   {found.residual:.1e}")
+    say(f"growth of the retain loss    step^{slopes[0]} raw, step^{slopes[1]} projected")
+    say(f"its derivative               {found.derivative_raw:.2e} raw, "
+        f"{found.derivative_projected:.2e} projected")  # fmt: skip
+    say("the projection does on this model what it promises")
+
+
 @contextmanager
 def step_progress(steps: int, *, show: bool) -> Iterator[Callable[[StepReport], None] | None]:
     """Show the steps as they are taken; yields what is to be told of each."""
@@ -117,6 +140,11 @@ def print_result(result: UnlearnResult) -> None:
     for warning in result.warnings:
         say(f"warning: {warning}", err=True)
     say(str(result.output))
+
+
+def _only_measured(sets: PreparedSets) -> str:
+    kept = sets.check is not None and sets.check is not sets.retain
+    return f" + {len(sets.check)} only measured" if sets.check is not None and kept else ""
 
 
 def _line(step: StepReport) -> None:

@@ -50,6 +50,9 @@ def unlearn(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check all, show rows and what it will need.")
     ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only try the projection on the model's first batches.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no summary.")] = False,
     json: Json = False,
 ) -> None:
@@ -78,6 +81,8 @@ def unlearn(
     from orthomerge.recipe.unlearning import unlearning_request
 
     request = unlearning_request(gathered)
+    if check:
+        return _check(request, as_json=json)
     if dry_run:
         return _dry_run(request, overwrite=overwrite, as_json=json)
     result = _run(request, resume=resume, overwrite=overwrite, show=not (quiet or json))
@@ -125,10 +130,22 @@ def _dry_run(request: UnlearnRequest, *, overwrite: bool, as_json: bool) -> None
     print_dry_run(request, sets, found)
 
 
+def _check(request: UnlearnRequest, *, as_json: bool) -> None:
+    from orthomerge_cli.unlearning_text import print_checkup
+
+    from orthomerge.quiet import quiet_libraries
+    from orthomerge.unlearning.training import check_run, prepare_sets
+
+    with quiet_libraries():
+        found = check_run(request, prepare_sets(request))
+    if as_json:
+        return print_json(found.as_dict())
+    print_checkup(found)
+
+
 def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) -> UnlearnResult:
     from orthomerge_cli.unlearning_text import announce, step_progress
 
-    from orthomerge.quiet import quiet_libraries
     from orthomerge.unlearning.training import (
         check_request_output,
         prepare_sets,
@@ -145,7 +162,7 @@ def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) 
 
     signal.signal(signal.SIGTERM, interrupt)
     try:
-        with quiet_libraries(), step_progress(request.train.max_steps, show=show) as report:
+        with step_progress(request.train.max_steps, show=show) as report:
             return run_unlearning(
                 request, resume=resume, overwrite=overwrite, prepared=sets, report=report
             )

@@ -25,7 +25,8 @@ _WITH_SPLITS = {".json": read_json, ".jsonl": read_json, ".ndjson": read_json}
 
 def _read_paragraphs(path: Path) -> Found:
     """Return one record per paragraph; paragraphs are parted by blank lines."""
-    found, paragraph, begin = Found(), [], 0
+    found, begin = Found(), 0
+    paragraph: list[str] = []
     for number, line in enumerate([*read_text(path).split("\n"), ""], start=1):
         if line.strip():
             begin = begin if paragraph else number

@@ -62,7 +62,8 @@ class PairedRows:
         self.forget, self.retain, self.alternate = forget, retain, alternate
         self._seed, self._per_item = seed, retain_per_forget
         # Shared, so that workers that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch = torch.zeros((), dtype=torch.int64)
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._passes: dict[int, list[int]] = {}
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from orthomerge.unlearning.training.callbacks import StepReport
+    from orthomerge.unlearning.training.doctor import check_run
     from orthomerge.unlearning.training.estimating import Estimate, estimate
     from orthomerge.unlearning.training.preparing import PreparedSets, prepare_sets
     from orthomerge.unlearning.training.running import (
@@ -45,6 +46,7 @@ __all__ = [
     "UnlearnTrainer",
     "Verdict",
     "check_request_output",
+    "check_run",
     "estimate",
     "prepare_sets",
     "run_unlearning",
@@ -52,6 +54,7 @@ __all__ = [
 
 _MODULES = {
     "callbacks": ("StepReport",),
+    "doctor": ("check_run",),
     "estimating": ("Estimate", "estimate"),
     "preparing": ("PreparedSets", "prepare_sets"),
     "running": ("UnlearnResult", "check_request_output", "run_unlearning"),

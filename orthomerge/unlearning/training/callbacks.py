@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from orthomerge.unlearning.training.keeping import Snapshot
 from orthomerge.unlearning.training.stopping import Reading, StopRule, Verdict
 
-__all__ = ["StepReport", "UnlearnCallback"]
+__all__ = ["EpochCallback", "StepReport", "UnlearnCallback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,26 @@ class StepReport:
         return facts
 
 
+class EpochCallback(TrainerCallback):  # type: ignore[misc]
+    """Tell the data set which epoch it is; accelerate does so only with some samplers."""
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
+    ) -> None:
+        """Tell it before the first batch is fetched."""
+        del args, control
+        dataset: Any = getattr(train_dataloader, "dataset", None)
+        if dataset is not None and hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
 class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
     """Close the projection's window, measure, keep the best step, stop, and report.
 
     Args:
         measure: ``(step) -> Reading``.
         rule: Decides.
+        start: The model before the first step.
         every: Steps between measurements.
         report: Is told of every step.
     """
@@ -73,23 +87,18 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         self,
         measure: Callable[[int], Reading],
         rule: StopRule,
+        start: Snapshot,
         *,
         every: int,
         report: Callable[[StepReport], None],
     ) -> None:
         self.trainer: Any = None
-        self.start: Snapshot | None = None
+        self.start = start
         self.best: Snapshot | None = None
         self.rule = rule
         self.reason = ""
         self._measure, self._every, self._report = measure, every, report
         self._clock = time.perf_counter()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note the model of the start, unless the run goes on from later."""
-        del args, control
-        if state.global_step == 0:
-            self.start = Snapshot(self.trainer.model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the step's clock."""
@@ -116,14 +125,12 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         """Return what a resumed run needs, for ``torch.save``."""
         return {
             "rule": self.rule.state(),
-            "start": None if self.start is None else self.start.state(),
             "best": None if self.best is None else self.best.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state`` gave."""
         self.rule.restore(state["rule"])
-        self.start = state["start"] and Snapshot.from_state(state["start"])
         self.best = state["best"] and Snapshot.from_state(state["best"])
 
     def _obey(self, verdict: Verdict, step: int, control: Any) -> None:
@@ -131,9 +138,7 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         if verdict.keep:
             self.best = Snapshot(trainer.model, step)
         if verdict.back:
-            good = self.best or self.start
-            assert good is not None
-            good.restore(trainer.model)
+            (self.best or self.start).restore(trainer.model)
             trainer.lr_scheduler.base_lrs = [rate / 2 for rate in trainer.lr_scheduler.base_lrs]
             for group in trainer.optimizer.param_groups:
                 group["lr"] /= 2

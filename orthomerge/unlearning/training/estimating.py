@@ -152,7 +152,8 @@ def _activations(config: Any, tokens: int, request: UnlearnRequest) -> int:
     width = 2 if precision_of(request.train) != "fp32" else 4
     hidden, layers = config.hidden_size, config.num_hidden_layers
     kept = 2 * hidden if request.train.gradient_checkpointing else 17 * hidden
-    return tokens * (3 * 4 * config.vocab_size + layers * kept * width)
+    count: int = tokens * (3 * 4 * config.vocab_size + layers * kept * width)
+    return count
 
 
 def _reference_bytes(request: UnlearnRequest, model_bytes: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orthomerge.errors import MissingExtraError, OrthoMergeError, RecipeError, combined
+from orthomerge.errors import DataError, MissingExtraError, OrthoMergeError, RecipeError, combined
 from orthomerge.unlearning.data import (
     Row,
     TokenisedSet,
@@ -92,10 +92,25 @@ def prepare_sets(request: UnlearnRequest) -> PreparedSets:
     problems += [wrong] if wrong else []
     if not problems:
         problems = check_sets(rows["forget"], rows.get("retain"), rows.get("holdout"))
+        problems += [_weighted(name, found) for name, found in rows.items() if _weighs(found)]
     if problems:
         raise combined(problems)
     notes = set_notes(rows["forget"], rows.get("retain"), rows.get("holdout"))
     return _tokenised(request, rows, [note.text for note in notes])
+
+
+def _weighs(rows: list[Row]) -> bool:
+    return any(row.weight != 1 for row in rows)
+
+
+def _weighted(name: str, rows: list[Row]) -> OrthoMergeError:
+    first = next(row for row in rows if row.weight != 1)
+    return DataError(
+        f"rows of the {name} set have weights, which no objective takes into account yet",
+        file=first.where,
+        found=f"weight {first.weight:g}",
+        remedy="Leave the column out, or repeat the rows that shall count more.",
+    )
 
 
 def _missing_sets(request: UnlearnRequest) -> list[OrthoMergeError]:

@@ -1,4 +1,4 @@
-"""Make the projector of a run: its bank over the retain set, and the losses before the first step."""
+"""Make the projector of a run, with its bank over the retain set."""
 
 from __future__ import annotations
 

@@ -14,9 +14,10 @@ from orthomerge.checkpoints.destination import check_destination
 from orthomerge.checkpoints.json_text import json_text
 from orthomerge.checkpoints.staging import Staging
 from orthomerge.errors import BudgetError, RecipeError
+from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.training.callbacks import StepReport
 from orthomerge.unlearning.training.checkpointing import latest_point
-from orthomerge.unlearning.training.keeping import Snapshot, require_changed
+from orthomerge.unlearning.training.keeping import require_changed
 from orthomerge.unlearning.training.preparing import PreparedSets, prepare_sets
 from orthomerge.unlearning.training.saving import LOG_NAME, StepLog, write_model
 from orthomerge.unlearning.training.sessions import Session
@@ -79,7 +80,8 @@ def run_unlearning(
         request.output, identity, sets.fingerprints(), resume=resume, overwrite=overwrite
     )
     try:
-        return _run(request, sets, staging, report or (lambda _: None))
+        with quiet_libraries():
+            return _run(request, sets, staging, report or (lambda _: None))
     except OSError as error:
         raise BudgetError(
             f"cannot be written: {error.strerror or error}",
@@ -111,7 +113,6 @@ def _run(
     staging.work.mkdir(exist_ok=True)
     point = latest_point(staging.work)
     session = Session(request, sets)
-    start = Snapshot(session.model)  # before a point to resume from is loaded
     before = session.measure_all()
     level = session.level(before)
     _require_memorised(before, level, request)
@@ -129,7 +130,7 @@ def _run(
             remedy="Lower train.learning_rate, or raise stop.max_retain_rise or stop.tolerance.",
         )
     callback.best.restore(session.model)
-    require_changed(session.model, start)
+    require_changed(session.model, session.start)
     after = session.measure_all()
     table = table_of(before, after)
     reason = callback.reason or f"all {trainer.state.global_step} steps were taken"

@@ -14,6 +14,7 @@ from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.data import PairedRows, TokenisedSet, collate
 from orthomerge.unlearning.objectives import reference_for
 from orthomerge.unlearning.training.callbacks import StepReport, UnlearnCallback
+from orthomerge.unlearning.training.keeping import Snapshot
 from orthomerge.unlearning.training.loading import (
     device_of,
     load_model,
@@ -52,6 +53,7 @@ class Session:
             set_seed(request.train.seed)
             model = load_model(request.model, request.adapter, request.train)
             self.model = with_adapter(model, request.adapter).to(self._device())
+        self.start = Snapshot(self.model)  # before a point to resume from is loaded
         self._gold: SetScores | None = self._gold_scores()
         known = {"forget": sets.forget, "alternate": sets.alternate}
         self.reference = reference_for(
@@ -101,7 +103,7 @@ class Session:
             level, stop.tolerance, stop.max_retain_rise, Reading(0, before["forget"].loss, retain)
         )
         every = stop.evaluate_every or max(1, self.request.train.max_steps // 100)
-        return UnlearnCallback(self._reading, rule, every=every, report=report)
+        return UnlearnCallback(self._reading, rule, self.start, every=every, report=report)
 
     def trainer(self, work: Path, callback: UnlearnCallback) -> UnlearnTrainer:
         """Return the trainer, with its points to resume from in ``work``."""

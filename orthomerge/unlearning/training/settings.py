@@ -1,4 +1,4 @@
-"""What a run of unlearning is told: plain values, without defaults; those are in the recipe's schema.
+"""What a run of unlearning is told: plain values; the defaults are in the recipe's schema.
 
 Nothing is loaded or checked here.
 """

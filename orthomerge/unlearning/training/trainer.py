@@ -18,14 +18,14 @@ from transformers import Trainer
 from orthomerge.errors import NumericalError, RecipeError
 from orthomerge.unlearning.objectives import Objective
 from orthomerge.unlearning.projection import RetainProjector
-from orthomerge.unlearning.training.callbacks import UnlearnCallback
+from orthomerge.unlearning.training.callbacks import EpochCallback, UnlearnCallback
 from orthomerge.unlearning.training.checkpointing import load_point, save_point
 from orthomerge.unlearning.training.windows import window_shares
 
 __all__ = ["UnlearnTrainer"]
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` for ``γ L_forget + α L_retain``, with or without projection.
 
     Each pass over a batch makes two gradients, one after the other. With a projector the forget
@@ -62,6 +62,7 @@ class UnlearnTrainer(Trainer):
         **options: Any,
     ) -> None:
         super().__init__(model=model, args=args, **options)
+        self.add_callback(EpochCallback())
         self.objective = objective
         self.reference = reference
         self.projector = projector
@@ -154,7 +155,7 @@ class UnlearnTrainer(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            loss = self.compute_loss(model, inputs)
+            loss: Tensor = self.compute_loss(model, inputs)
         self.accelerator.backward(loss)
         return loss.detach()
 

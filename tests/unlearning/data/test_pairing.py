@@ -167,7 +167,8 @@ def test_batches_are_padded_on_the_right_and_masked() -> None:
     }
     assert {key: tensor.tolist() for key, tensor in forget.items()} == expected
     assert all(tensor.dtype == torch.int64 for tensor in forget.values())
-    assert batch["retain"]["row"].tolist() == sum((pairs.retain_rows(i) for i in range(3)), [])
+    retained = [row for i in range(3) for row in pairs.retain_rows(i)]
+    assert batch["retain"]["row"].tolist() == retained
     assert batch["retain"]["input_ids"].shape[0] == 6
     assert batch["alternate"]["row"].tolist() == [0, 1, 2]
 

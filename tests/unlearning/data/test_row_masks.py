@@ -14,6 +14,7 @@ from text_tokenizers import (
     CHATML,
     DATED,
     LLAMA_LIKE,
+    OPEN,
     SHOUTING,
     THINKING,
     bpe_tokenizer,
@@ -31,6 +32,7 @@ from orthomerge.unlearning.data import (
     preview,
     tokenise,
 )
+from orthomerge.unlearning.data.templates import render
 
 tokenizer_of = cache(bpe_tokenizer)
 QUESTION = Row("qa", prompt="Who wrote it?", answer="Mira wrote it.", where="f:1")
@@ -132,6 +134,18 @@ def ids_of(set_: TokenisedSet, index: int = 0) -> list[int]:
             CHAT,
             ["-user: a b\nassistant:", "+ assistant", "-\nuser: and é?\nassistant: ", "+yes</s>"],
         ),
+        (
+            OPEN,
+            False,
+            CHAT,
+            [
+                "-<|im_start|>user\na b<|im_start|>assistant\n",
+                "+assistant",
+                "-<|im_start|>user\nand é?<|im_start|>assistant\n",
+                "+yes<|im_end|>",
+            ],
+        ),
+        (None, True, Row("completion", prompt="<s>Go ", answer="on."), ["-<s>Go ", "+on.</s>"]),
         (CHATML, True, LONG, ["-<s>", "+" + "The painter was born in Lisbon. " * 20]),
         (CHATML, True, Row("completion", prompt="Go ", answer="on."), ["-<s>Go ", "+on.</s>"]),
     ],
@@ -188,6 +202,14 @@ def test_the_mask_of_generation_blocks_is_found_without_them() -> None:
     labels = tokenise([CHAT], tokenizer, max_length=512)[0]["labels"]
     assert [int(label != IGNORED) for label in labels] == theirs[: len(labels)]
     assert 1 not in theirs[len(labels) :]
+
+
+@pytest.mark.parametrize("answer", ["yes", " yes", "yes ", " \nyes\n ", "yes yes "])
+def test_a_template_may_trim_answers(answer) -> None:
+    row = Row("qa", prompt="And?", answer=answer)
+    rendered = render(row, tokenizer_of(template=LLAMA_LIKE, bos=True))
+    assert [rendered.text[slice(*span)] for span in rendered.answers] == [answer.strip()]
+    assert rendered.text == f"<s>[INST] And? [/INST] {answer.strip()} </s>"
 
 
 def test_a_turn_without_weight_is_not_scored() -> None:
@@ -255,7 +277,7 @@ def test_a_slow_tokenizer_masks_templated_chats_the_same() -> None:
 
 
 words = st.text(
-    st.one_of(st.sampled_from(" \nabcQAé€😀:.<|"), st.characters(codec="utf-8", exclude_characters="\0")),
+    st.one_of(st.sampled_from(" \nabcQAé€😀:.<|"), st.characters(codec="utf-8")),
     min_size=1,
     max_size=12,
 ).filter(lambda text: bool(text.strip()))  # fmt: skip
@@ -315,6 +337,9 @@ def test_truncated_rows_are_reported() -> None:
     ]
     assert ids_of(cut, 1) == ids_of(whole, 1)[:-2]
     assert cut.scored_tokens == whole.scored_tokens - 2
+    shorter = tokenise([CHAT], tokenizer, max_length=lengths[1] - 9)
+    last = whole[1]["labels"][-9:]
+    assert shorter.truncated[0].lost == sum(label != IGNORED for label in last) < 9
     assert [row.is_truncated for row in preview(cut, tokenizer)] == [False, True]
 
 
@@ -327,6 +352,12 @@ def test_an_answer_that_is_cut_off_completely_is_refused() -> None:
         tokenise([QUESTION], tokenizer, max_length=first)
     with pytest.raises(ProblemsError, match="2 problems"):
         tokenise([QUESTION, QUESTION], tokenizer, max_length=first)
+
+
+def test_the_first_token_is_never_predicted() -> None:
+    for bos in (False, True):
+        set_ = tokenise([LONG], tokenizer_of(bos=bos), max_length=512)
+        assert set_.scored_tokens == len(ids_of(set_)) - 1
 
 
 def test_a_row_of_which_nothing_is_predicted_is_refused() -> None:
@@ -348,7 +379,7 @@ def test_long_texts_lose_nothing(bos, max_length) -> None:
     assert set_.rows == (QUESTION_SHORT, *[LONG] * len(pieces))
     assert all(piece[: len(head)] == head for piece in pieces)
     text = tokenizer(LONG.text, add_special_tokens=False)["input_ids"]
-    assert sum((piece[len(head) :] for piece in pieces), []) == text
+    assert [token for piece in pieces for token in piece[len(head) :]] == text
     sizes = [len(piece) for piece in pieces]
     assert max(sizes) <= max_length
     assert max(sizes) - min(sizes) <= 1
@@ -380,8 +411,8 @@ def test_room_is_counted_behind_bos() -> None:
 def test_empty_sets_and_unsound_rows_are_refused() -> None:
     with pytest.raises(DataError, match="the forget set is empty"):
         tokenise([], tokenizer_of(), max_length=64, name="forget")
+    bad = Row("qa", prompt="x", answer=" ", where="f:9")
     with pytest.raises(ProblemsError, match="f:9: its answer is empty"):
-        bad = Row("qa", prompt="x", answer=" ", where="f:9")
         tokenise([bad, QUESTION, bad], tokenizer_of(), max_length=64)
     with pytest.raises(UnknownNameError, match="'cut'"):
         tokenise([QUESTION], tokenizer_of(), max_length=64, long_text="cutt")  # type: ignore[arg-type]
@@ -416,6 +447,7 @@ def test_fingerprint_is_of_the_content() -> None:
     def digest(*rows: Row, **options: Any) -> str:
         return fingerprint(tokenise(rows, tokenizer_of(), **{"max_length": 64, **options}))
 
+    start = "Question: Who wrote it?\nAnswer:"
     original = digest(QUESTION, CHAT)
     assert original == digest(replace(QUESTION, where="g:4", id="x"), CHAT, name="other")
     others = [
@@ -425,8 +457,8 @@ def test_fingerprint_is_of_the_content() -> None:
         digest(replace(QUESTION, weight=2.0), CHAT),
         digest(QUESTION, CHAT, max_length=24),
         # the same ids, another mask
-        digest(Row("completion", prompt="Question: Who wrote it?\nAnswer: Mira", answer=" wrote it."), CHAT),
-    ]  # fmt: skip
+        digest(Row("completion", prompt=f"{start} Mira", answer=" wrote it."), CHAT),
+    ]
     assert len({original, *others}) == 7
     assert original == "blake3:" + original[7:]
     assert len(original) == 71

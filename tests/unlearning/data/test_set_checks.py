@@ -32,6 +32,7 @@ def test_sound_sets_have_no_problems_and_no_notes() -> None:
     assert check_sets(FORGET) == []
     assert set_notes(FORGET, RETAIN, HOLDOUT) == []
     assert set_notes(FORGET) == []
+    assert set_notes(FORGET, FORGET[:1]) == [], "refused, so not noted too"
 
 
 def test_comparison_ignores_case_space_and_form() -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers made on the spot: byte-level BPE with and without BOS and chat templates, and a slow one."""
+"""Tokenizers made on the spot: byte-level BPE, with and without BOS and templates; a slow one."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ THINKING = (
 BARE = (
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+#: Ends the last turn only; behind the others comes the token that begins the next.
+OPEN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+    "{% if loop.last %}<|im_end|>{% endif %}{% endfor %}"
 )
 DATED = (
     "{{ date_string if date_string is defined else strftime_now('%d %b %Y') }}"

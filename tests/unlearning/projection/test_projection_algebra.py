@@ -100,7 +100,8 @@ def test_sign_aware_rule_never_raises_the_retain_loss_on_dependent_rows() -> Non
     retain = K[:, :, 1]
     lam = signed_coefficients(Grouped(K, b, T([dot(g, g)]).double()), retain, rtol=1e-9)
     product = dot(rows[1], g) - float(lam[0] @ K[0, :, 1])
-    assert product >= -1e-9 and torch.isfinite(lam).all()
+    assert product >= -1e-9
+    assert torch.isfinite(lam).all()
 
 
 @pytest.mark.parametrize("granularity", ["global", "per-tensor"])
@@ -122,9 +123,7 @@ def test_scales_order_and_signs_of_rows_do_not_matter_to_hard() -> None:
     for seed in range(10):
         g, rows, P = draw(seed)
         plain = decompose(g, rows, P).normal
-        scaled = [
-            [f * x for x in r] for f, r in zip((1e-6, -3, 1e5, 0.1), rows, strict=True)
-        ]
+        scaled = [[f * x for x in r] for f, r in zip((1e-6, -3, 1e5, 0.1), rows, strict=True)]
         for other in (scaled, rows[::-1], [*rows, rows[2]]):
             found = decompose(g, other, P).normal
             change = [a - b for a, b in zip(found, plain, strict=True)]
