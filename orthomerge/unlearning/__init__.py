@@ -1,0 +1,29 @@
+"""Unlearning: remove what a forget set taught a model, and keep what a retain set shows.
+
+Names are loaded on first use; importing this package imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orthomerge.unlearning.projection import RetainProjectionCallback, RetainProjector
+
+__all__ = ["RetainProjectionCallback", "RetainProjector"]
+
+_HOMES = {
+    "RetainProjectionCallback": "orthomerge.unlearning.projection",
+    "RetainProjector": "orthomerge.unlearning.projection",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
