@@ -13,6 +13,7 @@ import pytest
 
 from orthomerge.merging.registry import LAWS, all_methods
 from orthomerge.recipe.schema import MergeRecipe
+from orthomerge.unlearning.objectives.registry import all_objectives
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"orthomerge": ROOT / "orthomerge", "orthomerge_cli": ROOT / "cli"}
@@ -21,16 +22,23 @@ PACKAGES = {"orthomerge": ROOT / "orthomerge", "orthomerge_cli": ROOT / "cli"}
 ALLOWED = {
     "errors": set(),
     "version": set(),
+    "parameters": set(),
     "linalg": set(),
     "checkpoints": set(),
     "adapters": {"linalg", "checkpoints"},
-    "merging": {"linalg", "checkpoints", "adapters"},
+    "merging": {"linalg", "checkpoints", "adapters", "parameters"},
+    "unlearning": {"linalg", "checkpoints", "adapters", "parameters"},
     "diagnostics": {"linalg", "checkpoints", "adapters"},
     "extraction": {"linalg", "checkpoints", "adapters", "diagnostics"},
-    "recipe": {"linalg", "checkpoints", "adapters", "merging"},
+    "recipe": {"linalg", "checkpoints", "adapters", "merging", "parameters"},
     "demo": {"linalg", "checkpoints", "adapters"},
 }
-PURE = ("orthomerge/linalg", "orthomerge/merging/methods", "orthomerge/merging/steps")
+PURE = (
+    "orthomerge/linalg",
+    "orthomerge/merging/methods",
+    "orthomerge/merging/steps",
+    "orthomerge/unlearning/objectives",
+)
 IMPURE = {"os", "pathlib", "logging", "json", "pydantic", "io", "shutil", "subprocess"}
 LAZY = {"transformers", "peft", "matplotlib", "sklearn", "ray", "huggingface_hub", "datasets"}
 MAX_FILE, MAX_FUNCTION = 400, 60
@@ -170,6 +178,12 @@ def test_every_method_file_registers_one_method() -> None:
     files = {p.stem for p in (ROOT / "orthomerge/merging/methods").glob("*.py")} - {"__init__"}
     homes = {m.function.__module__.rpartition(".")[2] for m in all_methods().values()}
     assert homes == files
+
+
+def test_every_loss_file_registers_one_objective() -> None:
+    files = {p.stem for p in (ROOT / "orthomerge/unlearning/objectives/losses").glob("*.py")}
+    homes = {o.function.__module__.rpartition(".")[2] for o in all_objectives().values()}
+    assert homes == files - {"__init__"}
 
 
 @pytest.mark.parametrize("method", all_methods().values(), ids=lambda method: method.name)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import RecipeError, UnknownNameError
+from orthomerge.merging.parameters import NestedParameter
 from orthomerge.merging.registry import MergeMethod, all_methods, get_method
 from orthomerge.merging.spaces import Space
 
@@ -72,7 +73,7 @@ def nested_choices(
     found = []
     for name, parameter in method.parameters.items():
         given = parameters.get(name) or parameter.default
-        if parameter.kind is dict and given:
+        if isinstance(parameter, NestedParameter) and given:
             choice = nested_method(name, given, parameter.nested_space)
             inner = get_method(choice.pop("method"))
             found.append((inner, choice))

@@ -16,8 +16,8 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
 from orthomerge.errors import UnknownNameError
-from orthomerge.merging.parameters import Parameter, declared_parameters
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Parameter, declared_parameters
 
 __all__ = ["LAWS", "MergeMethod", "Merged", "all_methods", "get_method", "merge_method"]
 

@@ -7,9 +7,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from orthomerge.merging.parameters import Parameter
 from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Parameter
 
 __all__ = ["recipe_template"]
 

@@ -1,108 +1,62 @@
-"""Registration: parameters from signatures, unknown names, third-party methods."""
+"""Registration: nested methods, unknown names, third-party methods."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
 
 import pytest
 
 from orthomerge.errors import RecipeError, UnknownNameError
 from orthomerge.merging import registry
-from orthomerge.merging.parameters import Between, declared_parameters
+from orthomerge.merging.parameters import NestedLoraMethod, NestedMethod, NestedParameter
 from orthomerge.merging.registry import get_method, merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import declared_parameters
 
 
-def example(
-    tensors: Sequence[object],
-    *,
-    weights: Sequence[float],
-    rate: Annotated[float, Between(0, 1)] = 0.5,
-    rounds: int = 3,
-    mode: Literal["fast", "exact"] = "fast",
-    on: bool = True,
-    scale: Annotated[float | Literal["auto", "off"] | None, Between(0)] = "auto",
-) -> object:
+def example(tensors: Sequence[object], *, weights: Sequence[float], rounds: int = 3) -> object:
+    """Do something."""
+
+
+def outer(tensors: object, *, op: NestedMethod = "ties", loras: NestedLoraMethod = None) -> object:
     """Do something.
 
     Args:
         tensors: Inputs.
-        weights: Weights.
-        rate: How much,
-            in two lines.
-        rounds: How often.
-        mode: Which way.
-        on: Whether.
-        scale: How strongly.
+        op: Which method.
+        loras: Which method of factors.
     """
 
 
-PARAMETERS = declared_parameters(example, {"weights"})
+NESTED = declared_parameters(outer, set())
 
 
-def test_parameters_come_from_the_signature() -> None:
-    assert list(PARAMETERS) == ["rate", "rounds", "mode", "on", "scale"]
-    assert [p.default for p in PARAMETERS.values()] == [0.5, 3, "fast", True, "auto"]
-    assert PARAMETERS["rate"].help == "How much, in two lines."
-    assert PARAMETERS["rate"].allowed == "number in [0, 1]"
-    assert PARAMETERS["mode"].allowed == "fast | exact"
-    assert PARAMETERS["scale"].allowed == "number ≥ 0 | auto | off | null"
+def test_nested_methods_are_parameters_with_a_space() -> None:
+    op, loras = NESTED["op"], NESTED["loras"]
+    assert isinstance(op, NestedParameter)
+    assert isinstance(loras, NestedParameter)
+    assert (op.nested_space, loras.nested_space) == (Space.DELTA, Space.FACTORS)
+    assert (op.kind, op.default, op.help) == (dict, "ties", "Which method.")
+    assert op.allowed == "a method of task vectors, or {method: name, parameter: value, ...} | null"
 
 
-@pytest.mark.parametrize(
-    ("name", "given", "wanted"),
-    [
-        ("rate", 1, 1.0),
-        ("rounds", 2.0, 2),
-        ("mode", "exact", "exact"),
-        ("on", False, False),
-        ("scale", 2, 2.0),
-        ("scale", "auto", "auto"),
-        ("scale", False, "off"),  # as YAML reads a bare off
-        ("scale", None, None),
-    ],
-)
-def test_good_values_are_converted(name, given, wanted) -> None:
-    found = PARAMETERS[name].check(given)
-    assert found == wanted
-    assert type(found) is type(wanted)
+def test_a_nested_method_is_filled_in() -> None:
+    filled = NESTED["op"].check("ties")
+    assert filled == NESTED["op"].check({"method": "ties"})
+    assert filled["method"] == "ties"
+    assert set(filled) == {"method", *get_method("ties").parameters}
+    assert NESTED["op"].check(None) is None
 
 
-@pytest.mark.parametrize(
-    ("name", "given"),
-    [
-        ("rate", 1.01),
-        ("rate", "0.5"),
-        ("rate", True),
-        ("rate", float("nan")),
-        ("rate", None),
-        ("rounds", 2.5),
-        ("mode", "slow"),
-        ("on", 1),
-        ("scale", -1.0),
-        ("scale", "automatic"),
-        ("scale", True),
-        ("scale", "1"),
-    ],
-)
-def test_bad_values_are_refused_with_what_is_allowed(name, given) -> None:
-    with pytest.raises(RecipeError) as caught:
-        PARAMETERS[name].check(given)
-    assert name in str(caught.value)
-    assert PARAMETERS[name].allowed in str(caught.value)
+@pytest.mark.parametrize("given", [3, {"density": 0.5}, {"method": 1}, ["ties"]])
+def test_what_names_no_method_is_refused(given) -> None:
+    with pytest.raises(RecipeError, match="a method of task vectors"):
+        NESTED["op"].check(given)
 
 
 def test_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="Did you mean 'ties'"):
         get_method("tise")
-
-
-def test_a_parameter_needs_a_plain_type_and_a_default() -> None:
-    def wrong(tensors: object, *, size: list[int]) -> None: ...
-
-    with pytest.raises(TypeError, match="size"):
-        declared_parameters(wrong, set())
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from orthomerge.merging.parameters import Between, Parameter
 from orthomerge.merging.rules import LayerMap, check_value, unmatched_rules, value_for
+from orthomerge.parameters import Between, Parameter
 
 NAMES = [
     "model.embed_tokens.weight",

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.errors import RecipeError
-from orthomerge.merging.parameters import Between, Density
+from orthomerge.merging.parameters import Density
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.steps.dropping import dropped_by_rank
 from orthomerge.merging.steps.electing import elect_and_merge
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor

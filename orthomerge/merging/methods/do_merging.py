@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.lora.presets import resolved_preset
-from orthomerge.merging.parameters import Between, NestedLoraMethod
+from orthomerge.merging.parameters import NestedLoraMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from orthomerge.linalg.factors import Factors

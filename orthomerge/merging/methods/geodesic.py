@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.roles import rotated_roles, unfit_block
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor

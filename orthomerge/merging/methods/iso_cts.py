@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
-from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.steps.matrices import merge_matrices
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 
-from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from orthomerge.merging.parameters import Between, NestedLoraMethod
+from orthomerge.merging.parameters import NestedLoraMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from orthomerge.linalg.factors import Factors

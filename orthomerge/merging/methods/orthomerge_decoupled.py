@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from orthomerge.merging.nesting import unfit_nested
-from orthomerge.merging.parameters import Between, NestedMethod
+from orthomerge.merging.parameters import NestedMethod
 from orthomerge.merging.registry import Merged, merge_method
 from orthomerge.merging.roles import unfit_block
 from orthomerge.merging.spaces import Space
 from orthomerge.merging.steps.modes import resolved
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor

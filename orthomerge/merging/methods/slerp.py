@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-from orthomerge.merging.parameters import Between
 from orthomerge.merging.registry import merge_method
 from orthomerge.merging.spaces import Space
+from orthomerge.parameters import Between
 
 if TYPE_CHECKING:
     from torch import Tensor
