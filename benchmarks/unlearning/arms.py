@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,23 +49,35 @@ class Arm:
     Args:
         meaning: For the report.
         preset: Of the projector; None: no projector, one backward pass of the weighted sum.
+        bank: Whether the projector is given a bank.
         shown: Which rows the projector sees: ``retain``, ``shuffled``, ``swapped`` or ``drift``.
+        changes: To the preset.
     """
 
     meaning: str
     preset: str | None
+    bank: bool = False
     shown: str = "retain"
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
+
+_SHUFFLED = "placebo: the rows' entries shuffled"
+_SWAPPED = "placebo: retain questions with the answers of others"
 
 ARMS = {
     "none": Arm("no projection", None),
     "history": Arm("rows: this batch and 8 before it; no extra backward pass", "gu-cheap"),
-    "bank": Arm("rows: this batch and a bank over the retain set", "gu"),
-    "history-shuffled": Arm("placebo: the rows' entries shuffled", "gu-cheap", "shuffled"),
-    "bank-shuffled": Arm("placebo: the rows' entries shuffled", "gu", "shuffled"),
-    "history-swapped": Arm("placebo: retain questions, others' answers", "gu-cheap", "swapped"),
-    "bank-swapped": Arm("placebo: retain questions, others' answers", "gu", "swapped"),
-    "bound": Arm("cheats: the row is the gradient of the measured rows", "gu-cheap", "drift"),
+    "bank": Arm("rows: this batch and a bank over the retain set", "gu", bank=True),
+    "history-shuffled": Arm(_SHUFFLED, "gu-cheap", shown="shuffled"),
+    "bank-shuffled": Arm(_SHUFFLED, "gu", bank=True, shown="shuffled"),
+    "history-swapped": Arm(_SWAPPED, "gu-cheap", shown="swapped"),
+    "bank-swapped": Arm(_SWAPPED, "gu", bank=True, shown="swapped"),
+    "bound": Arm(
+        "cheats: the row is the gradient of the measured rows",
+        "gu",
+        shown="drift",
+        changes={"rows": ("batch",)},
+    ),
 }
 
 

@@ -31,7 +31,7 @@ def drift_table(part: Mapping[str, Any]) -> list[str]:
 
 def limit_table(result: Mapping[str, Any]) -> list[str]:
     """Return one row per target."""
-    rows = ["| target | limit, % | measured, % | |", "|---|--:|--:|---|"]
+    rows = ["| less drift | aimed at, % | measured, % | |", "|---|--:|--:|---|"]
     for target in result["targets"]:
         low, high = target["at_least"], target["at_most"]
         limit = f"≥ {100 * low:g}" if high is None else f"{100 * low:g} … {100 * high:g}"

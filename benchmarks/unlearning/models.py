@@ -36,6 +36,8 @@ _SHAPE = {
     "bos_token_id": None,
     "eos_token_id": 1,
 }
+_TINY = {**_SHAPE, "hidden_size": 48, "num_hidden_layers": 2, "intermediate_size": 96}
+_SHAPES = {"tiny": _TINY, "S": _SHAPE, "M": _SHAPE}
 _SOURCES = (facts, pools, encoding)
 
 
@@ -52,7 +54,7 @@ class Training:
 _BASE = Training(4)
 
 #: From the base to target and to gold, by size: long enough to know every row by heart.
-_TUNED = {"tiny": Training(20), "S": Training(30), "M": Training(16)}
+_TUNED = {"tiny": Training(6), "S": Training(30), "M": Training(16)}
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,11 @@ def load_world(cache: Path, settings: WorldSettings) -> World:
     base_rows = [*rows["grammar"], *rows["known"]]
     gold_rows = [*rows["retain"], *rows["known"]]
     target_rows = [*rows["retain"], *rows["forget"], *rows["known"]]
-    base = _trained(cache, "base", base_rows, _BASE, settings.seed, None)
+    base = _trained(cache, "base", base_rows, _BASE, settings, None)
     how = _TUNED[settings.size]
     folders = {"base": base}
     for name, own in (("target", target_rows), ("gold", gold_rows)):
-        folders[name] = _trained(cache, name, own, how, settings.seed, base)
+        folders[name] = _trained(cache, name, own, how, settings, base)
     seconds = {name: _seconds(folder) for name, folder in folders.items()}
     for folder in folders.values():
         if not (folder / "tokenizer.json").exists():
@@ -111,16 +113,21 @@ def _seconds(folder: Path) -> float:
 
 
 def _trained(
-    cache: Path, name: str, rows: Sequence[Encoded], how: Training, seed: int, start: Path | None
+    cache: Path,
+    name: str,
+    rows: Sequence[Encoded],
+    how: Training,
+    settings: WorldSettings,
+    start: Path | None,
 ) -> Path:
     """Return the folder of one model, from the cache or trained now."""
     identity = {
         "name": name,
         "rows": hashlib.sha256(json.dumps([asdict(row) for row in rows]).encode()).hexdigest(),
         "how": asdict(how),
-        "seed": seed,
+        "seed": settings.seed,
         "start": start.name if start else None,
-        "shape": _SHAPE,
+        "shape": _SHAPES[settings.size],
         "sources": _sources(),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -128,7 +135,7 @@ def _trained(
     if (folder / "made.json").exists():
         return folder
     started = time.process_time()
-    model = _train(rows, how, seed, start)
+    model = _train(rows, how, settings, start)
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
@@ -149,18 +156,20 @@ def _sources() -> str:
     return total.hexdigest()
 
 
-def _train(rows: Sequence[Encoded], how: Training, seed: int, start: Path | None) -> Any:
+def _train(
+    rows: Sequence[Encoded], how: Training, settings: WorldSettings, start: Path | None
+) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
-    set_seed(seed)
+    set_seed(settings.seed)
     if start is None:
-        model = LlamaForCausalLM(LlamaConfig(**_SHAPE))
+        model = LlamaForCausalLM(LlamaConfig(**_SHAPES[settings.size]))
     else:
         model = LlamaForCausalLM.from_pretrained(start)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
-            args=_arguments(how, seed, scratch),
+            args=_arguments(how, settings.seed, scratch),
             train_dataset=list(range(len(rows))),
             data_collator=lambda places: _without_row(collate(rows, places)),
         )

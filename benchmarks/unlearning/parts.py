@@ -14,9 +14,7 @@ __all__ = ["PARTS", "Part"]
 GRID = {"grad-diff": (1.0, 3.0, 10.0), "npo": (1.0, 10.0, 30.0, 100.0)}
 
 _GUARDED = ("none", "history", "bank")
-_CONTROLS = (
-    "none", "history-shuffled", "history-swapped", "bank-shuffled", "bank-swapped", "bound",
-)  # fmt: skip
+_CONTROLS = ("none", "bank-shuffled", "bank-swapped", "bound")
 _SMALL = Scale(batch=20, bank_rows=256, unused=60, steps=80)
 _LARGE = Scale(batch=32, bank_rows=256, unused=200, steps=80)
 

@@ -305,6 +305,17 @@ def test_the_program_runs_small(tmp_path: Path) -> None:
     assert len(starts) == 1, "every arm starts from the same model and rows"
     ends = {run["1"]["forget"][1] for run in runs.values()}
     assert len(ends) == len(runs), "every arm does something else"
+    assert_kept(tmp_path / "cache")
+
+
+def assert_kept(cache: Path) -> None:
+    """What is in the cache is not measured again, unless something differs."""
+    import retain_drift
+
+    part = retain_drift.quick(retain_drift.PARTS["smoke"])
+    for seeds, done in (((1,), True), ((2,), False)):
+        session = retain_drift.Session(cache, {"smoke": part}, seeds)
+        assert {work.done for work in session.works()} == {done}
 
 
 def test_parts_name_what_exists() -> None:
