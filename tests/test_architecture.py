@@ -38,6 +38,7 @@ PURE = (
     "orthomerge/merging/methods",
     "orthomerge/merging/steps",
     "orthomerge/unlearning/objectives",
+    "orthomerge/unlearning/projection",
 )
 IMPURE = {"os", "pathlib", "logging", "json", "pydantic", "io", "shutil", "subprocess"}
 LAZY = {"transformers", "peft", "matplotlib", "sklearn", "ray", "huggingface_hub", "datasets"}

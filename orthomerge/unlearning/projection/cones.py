@@ -16,6 +16,7 @@ from orthomerge.errors import NumericalError, UnknownNameError
 __all__ = ["ConeInfo", "solve_cone"]
 
 ConeMode = Literal["hard", "cone"]
+_EXCHANGES = 8
 _Array = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -55,8 +56,8 @@ def solve_cone(
 
     Rows are normalised first, so that their scales do not matter, and eigenvalues of the
     normalised Gram below ``rtol`` times the largest count as zero: dependent and duplicate rows
-    change nothing. A row of zeros gets the coefficient 0. The cone is solved by the active-set
-    method of Lawson and Hanson on the Gram matrix.
+    change nothing. A row of zeros gets the coefficient 0. Batches of cones are solved together by
+    exchanging active rows; the active-set method of Lawson and Hanson solves what that leaves.
 
     Args:
         K: Gram matrices, [..., k, k], symmetric positive semi-definite.
@@ -163,18 +164,46 @@ def _one_sided(
     shifted = target - (normal @ lowest[..., None])[..., 0]
     y = lowest.clone()
     converged = torch.ones(len(target), dtype=torch.bool)
-    for index in (shifted > 0).any(-1).nonzero()[:, 0].tolist():
-        K, b = normal[index], shifted[index]
-        if not bool(kept[index].all()):  # what the cut-off calls zero must not be solved for
+    unsafe = (shifted > 0).any(-1)
+    together = (unsafe & kept.all(-1)).nonzero()[:, 0]
+    found, settled = _exchange(normal[together], shifted[together])
+    y[together[settled]] += found[settled]
+    unsafe[together[settled]] = False
+    for index in unsafe.nonzero()[:, 0].tolist():
+        K, b, whole = normal[index], shifted[index], bool(kept[index].all())
+        if not whole:  # what the cut-off calls zero must not be solved for
             V = vectors[index][:, kept[index]]
             K, b = (V * values[index][kept[index]]) @ V.mT, V @ (V.mT @ b)
-        solution, done = _nonnegative(K.numpy(), b.numpy())
+        solution, done = _nonnegative(K.numpy(), b.numpy(), whole)
         y[index] += torch.from_numpy(solution)
         converged[index] = done
     return y, converged
 
 
-def _nonnegative(K: _Array, b: _Array) -> tuple[_Array, bool]:
+def _exchange(K: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Guess the active rows of many definite problems at once, exchanging all wrong ones.
+
+    Most problems settle in a few exchanges; a settled one meets the optimality conditions, and a
+    definite problem has one optimum. The others are left to the method that always ends.
+    """
+    passive = b > 0
+    y, settled = torch.zeros_like(b), torch.zeros(len(b), dtype=torch.bool)
+    identity = torch.eye(b.shape[-1], dtype=b.dtype)
+    slack = 1e-12 * b.abs().amax(-1, keepdim=True) if b.numel() else b
+    for _ in range(_EXCHANGES if b.numel() else 0):
+        both = passive[:, :, None] & passive[:, None, :]
+        part = K.where(both, torch.zeros(()).double()) + identity * ~passive[:, None, :]
+        y = torch.linalg.solve(part, b.where(passive, torch.zeros(()).double()))
+        slope = b - (K @ y[..., None])[..., 0]
+        wanted = (passive & (y > 0)) | (~passive & (slope > slack))
+        settled = (wanted == passive).all(-1)
+        if bool(settled.all()):
+            break
+        passive = wanted.where(~settled[:, None], passive)
+    return y, settled
+
+
+def _nonnegative(K: _Array, b: _Array, definite: bool) -> tuple[_Array, bool]:
     """Minimise ``y^T K y / 2 - b^T y`` over y >= 0; return y and whether the method ended."""
     size = len(b)
     y, passive, barred = np.zeros(size), np.zeros(size, bool), np.zeros(size, bool)
@@ -187,16 +216,18 @@ def _nonnegative(K: _Array, b: _Array) -> tuple[_Array, bool]:
             return y, True
         entering = int(np.argmax(np.where(open_rows, slope, -np.inf)))
         passive[entering] = True
-        z = _on_passive(K, b, passive)
+        z = _on_passive(K, b, passive, definite)
         if z[entering] <= 0:  # a direction the passive rows span already
             passive[entering], barred[entering] = False, True
             continue
         barred[:] = False
-        y = _retreat(K, b, y, z, passive)
+        y = _retreat(K, b, y, z, passive, definite)
     return y, False
 
 
-def _retreat(K: _Array, b: _Array, y: _Array, z: _Array, passive: np.ndarray) -> _Array:
+def _retreat(
+    K: _Array, b: _Array, y: _Array, z: _Array, passive: np.ndarray, definite: bool
+) -> _Array:
     """Move from y to the solution z on the passive rows, dropping those that turn negative."""
     while bool((passive & (z <= 0)).any()):
         bad = np.flatnonzero(passive & (z <= 0))
@@ -205,13 +236,16 @@ def _retreat(K: _Array, b: _Array, y: _Array, z: _Array, passive: np.ndarray) ->
         y = y + ratios.min() * (z - y)
         passive[bad[ratios <= ratios.min()]] = False
         y[~passive] = 0.0
-        z = _on_passive(K, b, passive)
+        z = _on_passive(K, b, passive, definite)
     return z
 
 
-def _on_passive(K: _Array, b: _Array, passive: np.ndarray) -> _Array:
+def _on_passive(K: _Array, b: _Array, passive: np.ndarray, definite: bool) -> _Array:
     z = np.zeros(len(b))
     rows = np.flatnonzero(passive)
-    if len(rows):
-        z[rows] = np.linalg.lstsq(K[np.ix_(rows, rows)], b[rows], rcond=1e-12)[0]
+    part = K[np.ix_(rows, rows)]
+    if len(rows) and definite:
+        z[rows] = np.linalg.solve(part, b[rows])
+    elif len(rows):
+        z[rows] = np.linalg.lstsq(part, b[rows], rcond=1e-12)[0]
     return z

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from orthomerge.errors import NumericalError, UnknownNameError
+from orthomerge.linalg.precision import full_precision
 from orthomerge.unlearning.projection.products import combine, products
 from orthomerge.unlearning.projection.solving import (
     grouped,
@@ -39,6 +40,7 @@ class Decomposition:
     coefficients: torch.Tensor
 
 
+@full_precision()
 def decompose(
     g: Tensors,
     rows: Sequence[Tensors],

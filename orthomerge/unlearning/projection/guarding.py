@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from orthomerge.errors import NumericalError, RecipeError
+from orthomerge.linalg.precision import full_precision
 from orthomerge.unlearning.projection.correcting import Adjustment, Snapshot, correct_update
 from orthomerge.unlearning.projection.metrics import has_momentum
 from orthomerge.unlearning.projection.products import average_
@@ -136,6 +137,7 @@ class StepGuard:
             self._snapshot.restore()
 
     @torch.no_grad()
+    @full_precision()
     def after(
         self,
         optimizer: torch.optim.Optimizer | None,

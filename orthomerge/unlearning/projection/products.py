@@ -1,6 +1,7 @@
 """Inner products of long vectors, accurate enough for projections, and their sum over shards.
 
-Nothing here knows what the vectors mean.
+Nothing here knows what the vectors mean. Callers hold ``full_precision`` around many calls: TF32
+would cost the products their digits.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from typing import Any
 
 import torch
 
-from orthomerge.linalg.precision import full_precision
-
-__all__ = ["average_", "combine", "products", "summed"]
+__all__ = ["average_", "combine", "products", "squared_norm", "summed"]
 
 BLOCK = 4096  # float32 products are summed over so many entries, and then in float64
-_SMALL = 1 << 15  # below this many entries everything is float64
-_CHUNK = {"cpu": 1 << 16, "other": 1 << 22}  # columns in flight: cache on a CPU, launches on a GPU
+_SMALL = 1 << 14  # below this many entries everything is float64
+_CHUNK = {"cpu": 1 << 17, "other": 1 << 22}  # columns in flight: cache on a CPU, launches on a GPU
 
 
-@full_precision()
 def products(
     X: torch.Tensor, Y: torch.Tensor | Sequence[torch.Tensor], P: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -34,9 +32,10 @@ def products(
     tensor([[6., 6.]], dtype=torch.float64)
     """
     parts = [Y] if isinstance(Y, torch.Tensor) else list(Y)
-    size = X.shape[-1]
+    size, chunk = X.shape[-1], _CHUNK.get(X.device.type, _CHUNK["other"])
+    if size <= chunk:
+        return _chunk(X, parts, P)
     total = X.new_zeros(len(X), sum(len(part) for part in parts), dtype=torch.float64)
-    chunk = _CHUNK.get(X.device.type, _CHUNK["other"])
     for start in range(0, size, chunk):
         here = slice(start, min(start + chunk, size))
         pieces = [part[:, here] for part in parts]
@@ -48,7 +47,8 @@ def _chunk(X: torch.Tensor, Ys: list[torch.Tensor], P: torch.Tensor | None) -> t
     size = X.shape[-1]
     exact = size <= _SMALL or any(t.dtype == torch.float64 for t in (X, *Ys))
     wide = torch.float64 if exact else torch.float32
-    X, Y = X.to(wide), torch.cat([part.to(wide) for part in Ys])
+    X, Ys = X.to(wide), [part.to(wide) for part in Ys]
+    Y = Ys[0] if len(Ys) == 1 else torch.cat(Ys)
     if P is not None:
         Y = Y * P.to(wide)
     if exact:
@@ -56,13 +56,28 @@ def _chunk(X: torch.Tensor, Ys: list[torch.Tensor], P: torch.Tensor | None) -> t
     whole = size // BLOCK * BLOCK
     left = X[:, :whole].unflatten(-1, (-1, BLOCK)).transpose(0, 1)
     right = Y[:, :whole].unflatten(-1, (-1, BLOCK)).transpose(0, 1)
-    total = torch.bmm(left, right.mT).sum(0, dtype=torch.float64)
+    # The few rows come first: BLAS reads the many then once, at the speed of memory.
+    total = torch.bmm(right, left.mT).sum(0, dtype=torch.float64).mT
     if whole < size:
         total = total + X[:, whole:].double() @ Y[:, whole:].double().mT
     return total
 
 
-@full_precision()
+def squared_norm(v: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
+    """Return ``v^T diag(P) v`` in float64; v [n].
+
+    >>> squared_norm(torch.tensor([3.0, 4.0]))
+    tensor(25., dtype=torch.float64)
+    """
+    if P is not None:
+        return products(v[None], v[None], P)[0, 0]
+    v = v.to(torch.promote_types(v.dtype, torch.float32))
+    whole = len(v) // BLOCK * BLOCK
+    lengths = torch.linalg.vector_norm(v[:whole].unflatten(0, (-1, BLOCK)), dim=-1)
+    rest: torch.Tensor = torch.linalg.vector_norm(v[whole:], dtype=torch.float64).square()
+    return lengths.double().square().sum() + rest
+
+
 def combine(X: torch.Tensor, weights: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
     """Return ``P * (X^T weights)``: one vector [n] from rows X [k, n] and coefficients [k].
 

@@ -24,7 +24,7 @@ from orthomerge.unlearning.projection.solving import (
 __all__ = ["Removal", "flat_gradient", "masked", "relative_residual", "remove_tangent"]
 
 TOLERANCE = 1e-7  # cosine above which a pass of refinement is worth its time
-_PASSES = 2  # of refinement
+_PASSES = 1  # of refinement
 _LEAST = 1e-3  # share of the first norm that residuals are measured against at least
 
 Scales = Sequence[torch.Tensor] | None
@@ -109,7 +109,7 @@ def remove_tangent(
     passes = _PASSES if exact and precise and settings.strength == 1 and not settings.margin else 0
     for remaining in range(passes, -1, -1):
         if bool((lam != 0).any()):
-            stored = _subtract(rows, parameters, lam[groups], P, K)
+            stored = _subtract(rows, parameters, lam[groups], P, K, stored)
             after = masked(grouped(K, *stored, groups), active)
         residual = relative_residual(after, before.norms, hard=hard, ascent=True)
         worst = float(residual.max()) if len(residual) else 0.0
@@ -143,13 +143,13 @@ def _subtract(
     lam: torch.Tensor,
     P: Scales,
     K: torch.Tensor,
+    known: tuple[torch.Tensor, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Subtract ``G lam`` from the gradients, and measure each one while it is in the cache."""
+    hit = (lam * K.diagonal(dim1=-2, dim2=-1) != 0).any(-1)
 
     def corrected(index: int) -> torch.Tensor:
         parameter = parameters[index]
-        if not bool((lam[index] * K[index].diagonal()).any()):
-            return flat_gradient(parameter)
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         target = local(parameter.grad)
@@ -160,7 +160,8 @@ def _subtract(
         target.copy_((g.to(tangent.dtype) - tangent).reshape(target.shape))
         return target.reshape(-1)
 
-    return rows.against(corrected, P)
+    b, norms = rows.against(corrected, P, only=hit.nonzero()[:, 0].tolist())
+    return torch.where(hit[:, None], b, known[0]), torch.where(hit, norms, known[1])
 
 
 def flat_gradient(parameter: torch.Tensor) -> torch.Tensor:

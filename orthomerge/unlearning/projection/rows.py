@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from orthomerge.unlearning.projection.products import combine, products, summed
+from orthomerge.linalg.precision import full_precision
+from orthomerge.unlearning.projection.products import combine, products, squared_norm, summed
 from orthomerge.unlearning.projection.scopes import local
 
 __all__ = ["Rows"]
@@ -198,6 +199,7 @@ class Rows:
             self._gram[:, slot] = self._gram[:, :, slot] = fresh[:, :, position]
         self._stale.clear()
 
+    @full_precision()
     def _products(
         self,
         vector: Vector | None,
@@ -217,7 +219,7 @@ class Rows:
             if vector is not None:
                 v = vector(index)[None]
                 parts.append(v)
-                squares[index] = products(v, v, scale)[0, 0]
+                squares[index] = squared_norm(v[0], scale)
             if parts:
                 found = products(X, parts, scale)
                 table[index, :, : found.shape[1]] = found

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from orthomerge.errors import NumericalError
+from orthomerge.linalg.precision import full_precision
 from orthomerge.unlearning.projection.removing import (
     Removal,
     Scales,
@@ -41,6 +42,7 @@ class GradientStage:
         self._window, self._scope, self._settings = window, scope, settings
 
     @torch.no_grad()
+    @full_precision()
     def run(self, P: Scales, alpha: float, gamma: float, scale: float) -> ProjectionStats:
         """Write ``gamma g_perp + alpha R`` into ``.grad``.
 

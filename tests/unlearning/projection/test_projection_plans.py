@@ -77,7 +77,7 @@ def test_plan_counts_what_a_projector_allocates() -> None:
     assert plan.rows == 7
     assert plan.parameters == 5560
     assert plan.snapshot_bytes == 4 * 5560
-    part = plan_memory(model, settings, scope="a", bank=2)
+    part = plan_memory(model, settings, scope="^a", bank=2)
     assert part.row_bytes == 4 * (7 * 5050 + 510)
     json.dumps(plan.as_dict())
 

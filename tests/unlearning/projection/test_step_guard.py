@@ -325,36 +325,42 @@ def test_finite_step_filter_keeps_the_measured_loss_in_budget(model) -> None:
         assert budget > 1 or tiny.nll(model, RETAIN).item() - start <= max(budget, 0) + 1e-6
 
 
+def ruled(seed: int) -> torch.Tensor:
+    """Rows that share a rule (every second token follows from the one before) and are else free."""
+    tokens = tiny.batch(seed, rows=8, length=10)
+    tokens[:, 1::2] = (3 * tokens[:, 0::2] + 1) % 17
+    return tokens
+
+
 def test_protection_halves_the_damage_at_equal_forgetting() -> None:
     """A whole small run on entangled sets: the retain loss at the same forget loss."""
-    entangled = RETAIN.clone()
-    entangled[:, 6:] = FORGET[:, 6:]
+    retain, forget = ruled(1), ruled(2)
     learnt = tiny.TinyTransformer(seed=1)
     learner = torch.optim.Adam(learnt.parameters(), lr=1e-2)
-    for _ in range(120):
-        (tiny.nll(learnt, RETAIN) + tiny.nll(learnt, entangled)).backward()
+    for _ in range(100):
+        (tiny.nll(learnt, retain) + tiny.nll(learnt, forget)).backward()
         learner.step()
         learner.zero_grad()
-    first = tiny.nll(learnt, RETAIN).item()
+    first, goal = tiny.nll(learnt, retain).item(), tiny.nll(learnt, forget).item() + 0.5
     rises = {}
     for protected in (False, True):
         model = copy.deepcopy(learnt)
-        optimizer = adamw(model, weight_decay=0.01, lr=3e-4)
+        optimizer = adamw(model, weight_decay=0.01)
         projector = RetainProjector(model)
-        goal = tiny.nll(model, entangled).item() + 1.0
         for _ in range(150):
-            if tiny.nll(model, entangled).item() >= goal:
+            loss = tiny.nll(model, forget)
+            if loss.item() >= goal:
                 break
-            (-tiny.nll(model, entangled)).backward()
+            (-loss).backward()
             if protected:
-                projector.update(tiny.nll(model, RETAIN), start_loss=first)
+                projector.update(tiny.nll(model, retain), start_loss=first)
                 projector.project_()
                 with projector.guard(optimizer):
                     optimizer.step()
             else:
                 optimizer.step()
             optimizer.zero_grad()
-        assert tiny.nll(model, entangled).item() >= goal
-        rises[protected] = tiny.nll(model, RETAIN).item() - first
-    assert rises[False] > 0.1
+        assert tiny.nll(model, forget).item() >= goal
+        rises[protected] = tiny.nll(model, retain).item() - first
+    assert rises[False] > 0.05
     assert rises[True] < rises[False] / 2
