@@ -218,6 +218,7 @@ def test_the_crossing_of_a_hand_example() -> None:
     place = crossing.at_level(forget, 1.25)
     assert place == pytest.approx(2.25)
     assert crossing.interpolated(drift, 2.25) == pytest.approx(0.15)
+    assert crossing.at_level(forget, 9.0) == 4.0, "the last step counts"
     assert crossing.at_level(forget, 1.0) == 2.0
     assert crossing.at_level([3.0, 4.0], 1.0) == 0.0
     assert crossing.at_level(forget, 10.0) is None
