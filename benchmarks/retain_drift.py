@@ -29,6 +29,7 @@ import torch
 from circumstances import RESULTS, machine, run_command, sources_digest, versions, write_result
 from tasks.schedule import Work, carry_out, estimate, write_json
 from unlearning.arms import ARMS
+from unlearning.crossing import Goal
 from unlearning.descent import Setting, descend
 from unlearning.drift_tables import drift_table, limit_table, world_table
 from unlearning.facts import write_jsonl
@@ -121,8 +122,9 @@ class Session:
         def measure() -> None:
             started = time.process_time()
             world = self.world(part, setting.seed)
-            level = row_scores(world.model("gold"), world.rows["forget"]).loss
-            figures = cell_figures(descend(world, setting, part.scale, level), level)
+            gold = row_scores(world.model("gold"), world.rows["forget"])
+            goal = Goal(gold.loss, float(gold.exact.double().mean()))
+            figures = cell_figures(descend(world, setting, part.scale, goal), goal)
             if _code_digest() != self.digest:
                 raise SystemExit("the sources changed during the run: call again")
             figures["seconds"] = round(time.process_time() - started, 1)

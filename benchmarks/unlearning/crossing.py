@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["at_level", "interpolated", "reductions", "spread"]
+__all__ = ["Goal", "at_level", "interpolated", "reductions", "spread"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a model that never saw the forget rows makes of them.
+
+    Args:
+        loss: Mean loss.
+        exact: Share of rows that it happens to reproduce.
+    """
+
+    loss: float
+    exact: float
+
+    def places(
+        self, forget: Sequence[float], exact: Sequence[float]
+    ) -> tuple[float | None, float | None]:
+        """Return after how many steps the mean loss is reached, and also the share of rows.
+
+        A mean can be reached by a few rows that are forgotten beyond measure while others are
+        still known by heart: the second place says when that is over.
+        """
+        mean = at_level(forget, self.loss)
+        rows = at_level([-share for share in exact], -self.exact)
+        return mean, None if mean is None or rows is None else max(mean, rows)
 
 
 def at_level(forget: Sequence[float], level: float) -> float | None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unlearning.arms import ARMS, METHODS, Arm, Feed, shuffled, swapped
+from unlearning.crossing import Goal
 from unlearning.encoding import Encoded, TokenBatch, collate
 from unlearning.models import World, row_scores
 
@@ -72,14 +73,15 @@ def split_retain(rows: Sequence[Encoded], seed: int, most_unused: int) -> Split:
     return Split([rows[i] for i in order[unused:]], [rows[i] for i in order[:unused]])
 
 
-def descend(world: World, setting: Setting, scale: Scale, level: float) -> dict[str, list[float]]:
-    """Unlearn until the mean forget loss reaches a level.
+def descend(world: World, setting: Setting, scale: Scale, goal: Goal) -> dict[str, list[float]]:
+    """Unlearn until the mean forget loss is that of the goal, and no more rows are reproduced.
 
     Returns:
         Curves: ``forget``, ``exact`` (share of forget rows still reproduced), ``drift`` and
         ``known`` (mean losses on rows without gradients) before the first step and after each,
-        and ``cpu_seconds`` of each step, measuring left out. With a projector also ``residual``
-        of each step: the largest cosine of a protected row with the update that may not be there.
+        and ``cpu_seconds`` of each step, measuring left out. With a projector also, of each
+        step, the cosine of the retain gradient with the realised update (``cosine``), and the
+        largest forbidden one of any protected row and tensor (``residual``).
     """
     split = split_retain(world.rows["retain"], setting.seed, scale.unused)
     stepper = _Stepper(world, setting, scale, split)
@@ -89,13 +91,16 @@ def descend(world: World, setting: Setting, scale: Scale, level: float) -> dict[
     forget_places = _stream(len(world.rows["forget"]), scale.batch, f"forget {setting.seed}")
     retain_places = _stream(len(split.used), scale.batch, f"retain {setting.seed}")
     _measure(stepper.model, world, split, curves)
-    while curves["forget"][-1] < level and len(curves["cpu_seconds"]) < scale.steps:
+    while None in goal.places(curves["forget"], curves["exact"]):
+        if len(curves["cpu_seconds"]) == scale.steps:
+            break
         started = time.process_time()
         stepper.step(next(forget_places), next(retain_places))
         curves["cpu_seconds"].append(time.process_time() - started)
         if stepper.projector is not None:
-            residual = stepper.projector.last.residual_after
-            curves.setdefault("residual", []).append(residual or 0.0)
+            last = stepper.projector.last
+            curves.setdefault("cosine", []).append(last.cos_after or 0.0)
+            curves.setdefault("residual", []).append(last.residual_after or 0.0)
         _measure(stepper.model, world, split, curves)
     return curves
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unlearning.crossing import at_level, interpolated, reductions, spread
+from unlearning.crossing import Goal, interpolated, reductions, spread
 
 __all__ = ["cell_figures", "part_figures", "targets"]
 
@@ -15,26 +15,38 @@ Cell = Mapping[str, Any]
 Cells = Mapping[str, Mapping[float, Mapping[str, Mapping[int, Cell]]]]
 
 
-def cell_figures(curves: Mapping[str, Sequence[float]], level: float) -> dict[str, Any]:
-    """Return what one run gives at the level of forgetting; ``drift`` is None if it got nowhere."""
-    place = at_level(curves["forget"], level)
+def cell_figures(curves: Mapping[str, Sequence[float]], goal: Goal) -> dict[str, Any]:
+    """Return what one run gives at equal forgetting; ``drift`` is None if it got nowhere.
+
+    ``drift`` is at the goal's mean loss, ``even_drift`` where no more rows are reproduced either.
+    """
+    place, even = goal.places(curves["forget"], curves["exact"])
     seconds = curves["cpu_seconds"]
     figures: dict[str, Any] = {
-        "level": round(level, 5),
+        "goal": {"loss": round(goal.loss, 5), "exact": goal.exact},
         "forget": [round(value, 5) for value in curves["forget"]],
+        "exactly": [round(value, 4) for value in curves["exact"]],
         "retain": [round(value, 5) for value in curves["drift"]],
         "cpu_seconds_per_step": round(statistics.mean(seconds), 4) if seconds else None,
-        "steps": None,
         "drift": None,
+        "even_drift": None,
     }
     if "residual" in curves:
         figures["residual"] = max(curves["residual"])
+        figures["cosine"] = max(curves["cosine"])
     if place is not None:
-        for name, curve in (("drift", "drift"), ("known_drift", "known")):
-            figures[name] = round(interpolated(curves[curve], place) - curves[curve][0], 6)
+        figures["drift"] = _rise(curves["drift"], place)
+        figures["known_drift"] = _rise(curves["known"], place)
         figures["steps"] = round(place, 3)
         figures["exact"] = round(interpolated(curves["exact"], place), 4)
+    if even is not None:
+        figures["even_drift"] = _rise(curves["drift"], even)
+        figures["even_steps"] = round(even, 3)
     return figures
+
+
+def _rise(curve: Sequence[float], place: float) -> float:
+    return round(interpolated(curve, place) - curve[0], 6)
 
 
 def part_figures(cells: Cells, arms: Sequence[str], *, tuned: bool) -> dict[str, Any]:
@@ -82,20 +94,23 @@ def _compared(by_arm: Mapping[str, Mapping[int, Cell]], arms: Sequence[str]) -> 
         own = by_arm[arm]
         figures = {
             name: spread({s: cell[name] for s, cell in own.items() if cell.get(name) is not None})
-            for name in ("drift", "known_drift", "steps", "exact", "cpu_seconds_per_step",
-                         "retain_weight")
+            for name in ("drift", "even_drift", "known_drift", "steps", "even_steps", "exact",
+                         "cpu_seconds_per_step", "retain_weight")
         }  # fmt: skip
         found[arm] = {name: value for name, value in figures.items() if value is not None}
         found[arm]["not_reached"] = [seed for seed, cell in own.items() if cell["drift"] is None]
         if arm != arms[0]:
-            found[arm]["reduction"] = spread(reductions(_drifts(plain), _drifts(own)))
+            for kind in ("", "even_"):
+                drifts = (_values(cells, f"{kind}drift") for cells in (plain, own))
+                found[arm][f"{kind}reduction"] = spread(reductions(*drifts))
             found[arm]["cost"] = _ratio(own, plain)
-            found[arm]["most_residual"] = max(cell.get("residual", 0.0) for cell in own.values())
+            for name in ("cosine", "residual"):
+                found[arm][f"most_{name}"] = max(cell.get(name, 0.0) for cell in own.values())
     return found
 
 
-def _drifts(cells: Mapping[int, Cell]) -> dict[int, float | None]:
-    return {seed: cell["drift"] for seed, cell in cells.items()}
+def _values(cells: Mapping[int, Cell], name: str) -> dict[int, float | None]:
+    return {seed: cell[name] for seed, cell in cells.items()}
 
 
 def _ratio(own: Mapping[int, Cell], plain: Mapping[int, Cell]) -> float | None:

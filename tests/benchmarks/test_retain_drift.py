@@ -237,22 +237,34 @@ def test_reductions_are_paired_by_seed() -> None:
     assert crossing.spread({}) is None
 
 
-def test_figures_are_rises_at_the_level() -> None:
+def test_figures_are_rises_at_equal_forgetting() -> None:
+    """The mean 2 is reached after 1.5 steps, when half of the rows are still known by heart."""
     curves = {
-        "forget": [0.0, 1.0, 3.0], "drift": [0.5, 0.6, 1.0], "known": [0.1, 0.1, 0.3],
-        "exact": [1.0, 1.0, 0.0], "cpu_seconds": [1.0, 3.0],
+        "forget": [0.0, 1.0, 3.0, 4.0], "drift": [0.5, 0.6, 1.0, 3.0],
+        "known": [0.1, 0.1, 0.3, 0.3], "exact": [1.0, 0.6, 0.4, 0.0],
+        "cpu_seconds": [1.0, 3.0, 2.0],
     }  # fmt: skip
-    found = reporting.cell_figures(curves, 2.0)
+    found = reporting.cell_figures(curves, crossing.Goal(2.0, 0.1))
     assert found["steps"] == 1.5
     assert found["drift"] == pytest.approx(0.3)
     assert found["known_drift"] == pytest.approx(0.1)
     assert found["exact"] == 0.5
+    assert found["even_steps"] == 2.75
+    assert found["even_drift"] == pytest.approx(2.0)
     assert found["cpu_seconds_per_step"] == 2.0
-    assert reporting.cell_figures(curves, 4.0)["drift"] is None
+    early = reporting.cell_figures(curves, crossing.Goal(3.5, 0.5))
+    assert early["steps"] == early["even_steps"] == 2.5, "rows first, then the mean"
+    never = reporting.cell_figures(curves, crossing.Goal(5.0, 1.0))
+    assert never["drift"] is never["even_drift"] is None
+    assert crossing.Goal(2.0, -1.0).places(curves["forget"], curves["exact"]) == (1.5, None)
 
 
 def cell(drift: float | None, seconds: float = 1.0) -> dict[str, object]:
-    return {"drift": drift, "steps": 9.0, "exact": 0.5, "cpu_seconds_per_step": seconds}
+    even = None if drift is None else 2 * drift
+    return {
+        "drift": drift, "even_drift": even, "steps": 9.0, "exact": 0.5,
+        "cpu_seconds_per_step": seconds,
+    }  # fmt: skip
 
 
 def test_strengths_are_chosen_on_the_other_seeds() -> None:
@@ -274,8 +286,8 @@ def test_tables_say_what_was_measured() -> None:
     assert figures["ga 0"]["bank"]["reduction"]["by_seed"] == {"1": 0.5}
     assert figures["ga 0"]["bank"]["cost"] == 3.0
     rows = drift_table({"figures": figures})
-    assert rows[2].startswith("| ga 0 | none | 300.0 |  |")
-    assert rows[3].startswith("| ga 0 | bank | 100.0 (1 not reached) | 50 (50) |")
+    assert rows[2].startswith("| ga 0 | none | 300.0 |  | 50 | 600.0 |  |")
+    assert rows[3].startswith("| ga 0 | bank | 100.0 (1 not reached) | 50 (50) | 50 | 200.0 |")
     limits = [
         {"target": "a", "at_least": 0.4, "at_most": None, "measured": 0.5, "met": True},
         {"target": "b", "at_least": -0.02, "at_most": 0.02, "measured": 0.05, "met": False},
