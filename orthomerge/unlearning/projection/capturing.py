@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["captured_gradients", "gradients_of"]
 
-Backward = Callable[[torch.Tensor], object]
+Backward = Callable[..., object]
 
 
 @contextmanager

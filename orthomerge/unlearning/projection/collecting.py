@@ -55,6 +55,7 @@ class RowCollector:
         self.window = Window(self.scope, self.settings, process_group if sharded else None)
         self._bank: Bank | None = None
         self._attached = 0
+        self._rise: torch.Tensor | float = 0.0
         self._restart()
 
     def update(
@@ -106,10 +107,12 @@ class RowCollector:
         for number, loss in enumerate(items):
             retained = shared and number + 1 < len(items)  # type: ignore[arg-type]
 
-            def run(loss: torch.Tensor, keep: bool = retained) -> object:
+            def run(loss: torch.Tensor, keep: bool = retained) -> None:
+                options = {"retain_graph": True} if keep else {}
                 if backward is not None:
-                    return backward(loss, retain_graph=True) if keep else backward(loss)  # type: ignore[call-arg]
-                return torch.autograd.backward(loss, retain_graph=keep)
+                    backward(loss, **options)
+                else:
+                    torch.autograd.backward(loss, **options)  # type: ignore[arg-type]
 
             self.window.add_extra(gradients_of(loss, self.scope.trained, run))
 
@@ -145,7 +148,7 @@ class RowCollector:
     def _restart(self) -> None:
         self._state = "open"
         self._retain_weight = 0.0
-        self._rise: torch.Tensor | float = 0.0
+        self._rise = 0.0
 
     def _open(self) -> None:
         """Start the next window if the last one has stepped, or refuse rows that come too late."""

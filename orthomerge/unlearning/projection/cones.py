@@ -81,19 +81,7 @@ def solve_cone(
     >>> lam.tolist(), info.rank.item()
     ([0.0, 2.0], 2)
     """
-    if mode not in ("hard", "cone"):
-        raise UnknownNameError("mode", mode, ["hard", "cone"])
-    K, b = K.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
-    if K.shape != (*b.shape, b.shape[-1]):
-        raise NumericalError(
-            "K and b do not fit",
-            expected="K [..., k, k], b [..., k]",
-            found=f"{tuple(K.shape)}, {tuple(b.shape)}",
-        )
-    if not bool(torch.isfinite(K).all() and torch.isfinite(b).all()):
-        raise NumericalError(
-            "a product of rows is not finite", remedy="Leave out rows with NaN or infinite entries."
-        )
+    K, b = _checked(K, b, mode)
     shape, size = b.shape, b.shape[-1]
     K, b = K.reshape(-1, size, size), b.reshape(-1, size)
     inverse = _inverse_norms(K)
@@ -107,15 +95,46 @@ def solve_cone(
     else:
         lowest = torch.where(inverse > 0, floor / inverse.where(inverse > 0, torch.ones(())), 0.0)
         y, converged = _one_sided(normal, target, lowest, vectors, values, kept)
+    info = _described(normal, target, y, mode, converged, values, kept, shape)
+    return (y * inverse).reshape(shape), info
+
+
+def _checked(K: torch.Tensor, b: torch.Tensor, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and b in float64 on the CPU, or refuse them."""
+    if mode not in ("hard", "cone"):
+        raise UnknownNameError("mode", mode, ["hard", "cone"])
+    K, b = K.detach().to("cpu", torch.float64), b.detach().to("cpu", torch.float64)
+    if K.shape != (*b.shape, b.shape[-1]):
+        raise NumericalError(
+            "K and b do not fit",
+            expected="K [..., k, k], b [..., k]",
+            found=f"{tuple(K.shape)}, {tuple(b.shape)}",
+        )
+    if not bool(torch.isfinite(K).all() and torch.isfinite(b).all()):
+        raise NumericalError(
+            "a product of rows is not finite", remedy="Leave out rows with NaN or infinite entries."
+        )
+    return K, b
+
+
+def _described(
+    normal: torch.Tensor,
+    target: torch.Tensor,
+    y: torch.Tensor,
+    mode: str,
+    converged: torch.Tensor,
+    values: torch.Tensor,
+    kept: torch.Tensor,
+    shape: torch.Size,
+) -> ConeInfo:
     residual = target - (normal @ y[..., None])[..., 0]
-    info = ConeInfo(
+    return ConeInfo(
         rank=kept.sum(-1).reshape(shape[:-1]),
         condition=_condition(values, kept).reshape(shape[:-1]),
         active=(y != 0).reshape(shape),
         violation=_largest(residual.abs() if mode == "hard" else residual).reshape(shape[:-1]),
         converged=converged.reshape(shape[:-1]),
     )
-    return (y * inverse).reshape(shape), info
 
 
 def _inverse_norms(K: torch.Tensor) -> torch.Tensor:
@@ -206,7 +225,8 @@ def _exchange(K: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 def _nonnegative(K: _Array, b: _Array, definite: bool) -> tuple[_Array, bool]:
     """Minimise ``y^T K y / 2 - b^T y`` over y >= 0; return y and whether the method ended."""
     size = len(b)
-    y, passive, barred = np.zeros(size), np.zeros(size, bool), np.zeros(size, bool)
+    y: _Array = np.zeros(size)
+    passive, barred = np.zeros(size, bool), np.zeros(size, bool)
     scale = float(np.abs(b).max())
     for _ in range(8 * size + 8):
         slope = b - K @ y
@@ -241,7 +261,7 @@ def _retreat(
 
 
 def _on_passive(K: _Array, b: _Array, passive: np.ndarray, definite: bool) -> _Array:
-    z = np.zeros(len(b))
+    z: _Array = np.zeros(len(b))
     rows = np.flatnonzero(passive)
     part = K[np.ix_(rows, rows)]
     if len(rows) and definite:

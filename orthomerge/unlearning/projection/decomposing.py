@@ -85,39 +85,63 @@ def decompose(
     >>> parts.normal[0].tolist(), parts.coefficients.tolist()
     ([1.5, -0.5], [0.5])
     """
+    _known(mode, granularity)
+    vectors, blocks, scales = _flat(g, rows, P)
+    shapes = [_shape(index, [g, *rows]) for index in range(len(g))]
+    ids = torch.arange(len(g)) if granularity == "per-tensor" else torch.zeros(len(g)).long()
+    decider = None
+    if mode == "sign":
+        decider = _flat(rows[0] if retain is None else retain, rows, P)[0]
+    normal, lam = _split(vectors, blocks, scales, ids, mode, rtol, floor, decider)
+    tangent = [v - n for v, n in zip(vectors, normal, strict=True)]
+    return Decomposition(
+        _shaped(normal, shapes),
+        _shaped(tangent, shapes),
+        lam if granularity == "per-tensor" else lam[0],
+    )
+
+
+def _split(
+    vectors: list[torch.Tensor],
+    blocks: list[torch.Tensor],
+    scales: list[torch.Tensor | None],
+    ids: torch.Tensor,
+    mode: Literal["hard", "cone", "sign"],
+    rtol: float,
+    floor: float,
+    decider: list[torch.Tensor] | None,
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Return normal parts and coefficients [groups, k], after a second pass on the remainder."""
+    K = torch.stack([products(X, X, p).cpu() for X, p in zip(blocks, scales, strict=True)])
+    lam = torch.zeros(int(ids.max()) + 1, K.shape[-1], dtype=torch.float64)
+    normal = list(vectors)
+    for again in (False, True):
+        b, norms = _measure(normal, blocks, scales)
+        problem = grouped(K, b, norms, ids)
+        if mode == "sign":
+            if decider is None or again:
+                break
+            retain = grouped(K, _measure(decider, blocks, scales)[0], norms, ids).b
+            step = signed_coefficients(problem, retain, rtol=rtol)
+        else:
+            margin = 0.0 if again else floor
+            step, _ = solve_groups(problem, mode, rtol=rtol, ascent=True, floor=margin)
+        lam += step
+        normal = [v - combine(X, step[i]) for v, X, i in zip(normal, blocks, ids, strict=True)]
+    return normal, lam
+
+
+def _known(mode: str, granularity: str) -> None:
     for kind, name, known in (
         ("mode", mode, ("hard", "cone", "sign")),
         ("granularity", granularity, ("global", "per-tensor")),
     ):
         if name not in known:
             raise UnknownNameError(kind, name, known)
-    vectors, blocks, scales = _flat(g, rows, P)
-    shapes = [_shape(index, [g, *rows]) for index in range(len(g))]
-    ids = torch.arange(len(g)) if granularity == "per-tensor" else torch.zeros(len(g)).long()
-    K = torch.stack([products(X, X, p).cpu() for X, p in zip(blocks, scales, strict=True)])
-    lam = torch.zeros(int(ids.max()) + 1, len(rows), dtype=torch.float64)
-    normal = list(vectors)
-    for again in (False, True):
-        b, norms = _measure(normal, blocks, scales)
-        problem = grouped(K, b, norms, ids)
-        if mode == "sign":
-            if again:
-                break
-            decider = _flat(rows[0] if retain is None else retain, rows, P)[0]
-            deciding = grouped(K, _measure(decider, blocks, scales)[0], norms, ids)
-            step = signed_coefficients(problem, deciding.b, rtol=rtol)
-        else:
-            step, _ = solve_groups(
-                problem, mode, rtol=rtol, ascent=True, floor=0.0 if again else floor
-            )
-        lam += step
-        normal = [v - combine(X, step[i]) for v, X, i in zip(normal, blocks, ids, strict=True)]
-    tangent = [v - n for v, n in zip(vectors, normal, strict=True)]
-    return Decomposition(
-        [part.reshape(shape) for part, shape in zip(normal, shapes, strict=True)],
-        [part.reshape(shape) for part, shape in zip(tangent, shapes, strict=True)],
-        lam if granularity == "per-tensor" else lam[0],
-    )
+
+
+def _shaped(vectors: Sequence[torch.Tensor], shapes: Sequence[torch.Size]) -> list[torch.Tensor]:
+    return [vector.reshape(shape) for vector, shape in zip(vectors, shapes, strict=True)]
 
 
 def _measure(
@@ -159,7 +183,9 @@ def _flat(
             raise NumericalError("a gradient is not finite", tensor=str(index))
         vectors.append(stack[0])
         blocks.append(stack[1:])
-    scales = [None] * len(g) if P is None else [p.detach().reshape(-1) for p in P]
+    scales: list[torch.Tensor | None] = [None] * len(g)
+    if P is not None:
+        scales = [p.detach().reshape(-1) for p in P]
     return vectors, blocks, scales
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -109,7 +110,7 @@ def plan_memory(
     )
 
 
-_CHANGES: dict[str, dict[str, object]] = {
+_CHANGES: dict[str, dict[str, Any]] = {
     "row_dtype bfloat16, with residuals of about 1e-3": {
         "row_dtype": torch.bfloat16,
         "rtol": 1e-3,

@@ -64,7 +64,10 @@ def _root(
     beta2 = group["betas"][1]
     root = (local(v).reshape(-1).float() / (1 - beta2 ** float(state["step"]))).sqrt()
     floor = FLOOR * float(torch.linalg.vector_norm(root)) / max(1, root.numel()) ** 0.5
-    return 1 / (root.clamp(min=floor) + max(group["eps"], torch.finfo(torch.float32).tiny))
+    scale: torch.Tensor = 1 / (
+        root.clamp(min=floor) + max(group["eps"], torch.finfo(torch.float32).tiny)
+    )
+    return scale
 
 
 def fisher_metric(

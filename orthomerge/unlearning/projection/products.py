@@ -54,8 +54,8 @@ def _chunk(X: torch.Tensor, Ys: list[torch.Tensor], P: torch.Tensor | None) -> t
     if exact:
         return X @ Y.mT
     whole = size // BLOCK * BLOCK
-    left = X[:, :whole].unflatten(-1, (-1, BLOCK)).transpose(0, 1)
-    right = Y[:, :whole].unflatten(-1, (-1, BLOCK)).transpose(0, 1)
+    left = X[:, :whole].reshape(len(X), -1, BLOCK).transpose(0, 1)
+    right = Y[:, :whole].reshape(len(Y), -1, BLOCK).transpose(0, 1)
     # The few rows come first: BLAS reads the many then once, at the speed of memory.
     total = torch.bmm(right, left.mT).sum(0, dtype=torch.float64).mT
     if whole < size:
@@ -73,9 +73,10 @@ def squared_norm(v: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor
         return products(v[None], v[None], P)[0, 0]
     v = v.to(torch.promote_types(v.dtype, torch.float32))
     whole = len(v) // BLOCK * BLOCK
-    lengths = torch.linalg.vector_norm(v[:whole].unflatten(0, (-1, BLOCK)), dim=-1)
+    lengths = torch.linalg.vector_norm(v[:whole].reshape(-1, BLOCK), dim=-1)
     rest: torch.Tensor = torch.linalg.vector_norm(v[whole:], dtype=torch.float64).square()
-    return lengths.double().square().sum() + rest
+    rest += lengths.double().square().sum()
+    return rest
 
 
 def combine(X: torch.Tensor, weights: torch.Tensor, P: torch.Tensor | None = None) -> torch.Tensor:
@@ -102,7 +103,7 @@ def summed(tensors: Sequence[torch.Tensor], group: Any | None) -> list[torch.Ten
         return list(tensors)
     packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
     torch.distributed.all_reduce(packed, group=group)
-    parts = packed.split([tensor.numel() for tensor in tensors])
+    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
     return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 

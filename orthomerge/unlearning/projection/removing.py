@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orthomerge.unlearning.projection.cones import ConeInfo
+from orthomerge.unlearning.projection.cones import ConeInfo, ConeMode
 from orthomerge.unlearning.projection.rows import Rows
 from orthomerge.unlearning.projection.scopes import local
 from orthomerge.unlearning.projection.settings import ProjectionSettings
@@ -133,7 +133,7 @@ def _coefficients(
         total = grouped(K, K[:, :, retain_slot], K[:, retain_slot, retain_slot], groups)
         retain = masked(total, active).b
         return signed_coefficients(problem, retain, rtol=settings.cutoff), None
-    mode = "hard" if settings.mode == "hard" else "cone"
+    mode: ConeMode = "hard" if settings.mode == "hard" else "cone"
     return solve_groups(problem, mode, rtol=settings.cutoff, ascent=True, floor=settings.margin)
 
 
