@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orthomerge_cli.session import print_json, printable, say
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         SideComparison,
         TotalComparison,
     )
-    from orthomerge.recipe.explaining import Explainable
+    from orthomerge.recipe.explaining import Explanation
     from orthomerge.recipe.schema import MergeRecipe
 
 __all__ = ["explain"]
@@ -33,68 +33,36 @@ def explain(recipe: MergeRecipe, *, as_json: bool) -> None:
         RecipeError: A source is no LoRA adapter.
         OrthoMergeError: The merge itself is refused.
     """
-    from orthomerge.recipe.explaining import explainable
+    from orthomerge.recipe.explaining import explainable, measured
 
     found = explainable(recipe)
     if not as_json:
         announce(found.plan)
         for note in found.notes:
             say(f"note   {note}", err=True)
-    comparison = _compare(found, show=not as_json and sys.stderr.isatty())
-    from orthomerge.diagnostics import judge_updates
-
-    said = judge_updates(comparison)
-    if as_json:
-        return print_json(_facts(found, comparison, said))
-    _print(comparison, said)
-
-
-def _compare(found: Explainable, *, show: bool) -> Comparison:
-    """Measure every module as the merge's own engine reads it."""
-    from orthomerge.diagnostics import compare_updates, compared
-    from orthomerge.diagnostics.updates import with_rank
-    from orthomerge.merging.observing import MergedModule
-    from orthomerge.merging.run import observe_plan
-    from orthomerge.recipe.explaining import written_ranks
-
-    modules: dict[str, ModuleComparison] = {}
-
-    def observe(seen: MergedModule) -> None:
-        modules[seen.name] = compare_updates(
-            seen.name,
-            seen.factors,
-            weights=seen.task.weights,
-            merged=seen.merged if found.exact else None,
-            facts=seen.facts if found.exact else None,
-            scale=seen.scale if found.exact else None,
-        )
-
-    def run(advance: Callable[[int], None] | None = None) -> None:
-        observe_plan(found.observed, observe, advance=advance)
-
-    if show:
+    if not as_json and sys.stderr.isatty():
         from orthomerge_cli.progress import byte_progress
 
         with byte_progress(found.observed.read_bytes, "measuring") as advance:
-            run(advance)
+            explanation = measured(found, advance=advance)
     else:
-        run()
-    ranks = written_ranks(found.plan, {name: part.spectrum for name, part in modules.items()})
-    ordered = [with_rank(modules[name], ranks[name]) for name in found.modules]
-    return compared([model.origin for model in found.plan.models], ordered)
+        explanation = measured(found)
+    if as_json:
+        return print_json(_facts(explanation))
+    _print(explanation.comparison, explanation.verdict)
 
 
-def _facts(found: Explainable, comparison: Comparison, said: MergeVerdict) -> dict[str, Any]:
+def _facts(explanation: Explanation) -> dict[str, Any]:
     """Return everything, JSON-ready."""
-    plan = found.plan
+    plan = explanation.plan
     return {
-        "verdict": dataclasses.asdict(said),
+        "verdict": dataclasses.asdict(explanation.verdict),
         "method": plan.method.name,
         "parameters": dict(plan.request.parameters),
         "base": plan.base and plan.base.origin,
         "kinds": [model.description for model in plan.models],
-        "notes": [*plan.notes, *found.notes],
-        **comparison.as_dict(),
+        "notes": [*plan.notes, *explanation.notes],
+        **explanation.comparison.as_dict(),
     }
 
 

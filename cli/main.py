@@ -21,6 +21,7 @@ from orthomerge_cli.commands import (
     methods,
     negate,
     plan,
+    unlearn,
     validate,
 )
 from orthomerge_cli.session import SESSION, run_guarded
@@ -41,6 +42,7 @@ app.command("inspect")(inspect.inspect)
 app.command("diff")(diff.diff)
 app.command("extract")(extract.extract)
 app.command("negate")(negate.negate)
+app.command("unlearn")(unlearn.unlearn)
 app.command("diagnose")(diagnose.diagnose)
 app.add_typer(methods.app, name="methods")
 app.command("init")(init.init)

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 checkpoint or adapter, 4 recipe, 5 numerical
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ import typer
 
 from orthomerge.errors import OrthoMergeError, ProblemsError
 
-__all__ = ["INTERRUPTED", "SESSION", "Session", "print_json", "printable", "run_guarded", "say"]
+__all__ = [
+    "INTERRUPTED",
+    "SESSION",
+    "Session",
+    "print_json",
+    "printable",
+    "resume_command",
+    "run_guarded",
+    "say",
+]
 
 USAGE, INTERRUPTED = 2, 130
 # Wherever this version of typer has it from.
@@ -74,6 +84,12 @@ def print_json(content: Any) -> None:
     from orthomerge.checkpoints.json_text import json_text
 
     typer.echo(json_text(content))
+
+
+def resume_command() -> str:
+    """Return the command line that continues this one."""
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    return shlex.join(["orthomerge", *arguments, "--resume"])
 
 
 def _report(error: OrthoMergeError) -> int:

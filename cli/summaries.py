@@ -156,7 +156,9 @@ def _ranks(facts: dict[str, dict[str, Any]]) -> Iterator[str]:
     kept = "lossless" if energy > _LOSSLESS else f"keeps at least {energy:.1%} of a module's energy"
     yield f"adapter of rank {span}, {kept}"
     if energy < _LOW_ENERGY:
-        yield f"warning: little is kept, least in {least}. Raise --rank or leave it out (lossless)."
+        module = least.removeprefix("base_model.model.").partition(".lora")[0]
+        remedy = "Raise --rank or leave it out (lossless)."
+        yield f"warning: little is kept, least in {module}. {remedy}"
 
 
 def _print_notes(plan: Plan) -> None:

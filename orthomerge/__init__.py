@@ -1,8 +1,8 @@
 """Geometry-preserving model merging on safetensors checkpoints and PEFT adapters.
 
-``merge``, ``merge_lora`` and ``plan`` are the doors for scripts; ``linalg`` holds the geometry.
-Names are loaded on first use: importing this package imports neither torch nor transformers nor
-peft.
+``merge``, ``merge_lora``, ``plan`` and ``explain`` are the doors for scripts; ``linalg`` holds the
+geometry. Names are loaded on first use: importing this package imports neither torch nor
+transformers nor peft.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from orthomerge.merging.registry import merge_method
     from orthomerge.merging.run import MergeResult
     from orthomerge.merging.spaces import Space
+    from orthomerge.recipe.explaining import explain
     from orthomerge.recipe.lora import merge_lora
     from orthomerge.recipe.run import merge, plan
 
@@ -26,6 +27,7 @@ __all__ = [
     "OrthoMergeError",
     "Space",
     "__version__",
+    "explain",
     "linalg",
     "merge",
     "merge_lora",
@@ -37,6 +39,7 @@ _HOMES = {
     "MergeResult": "orthomerge.merging.run",
     "OrthoMergeError": "orthomerge.errors",
     "Space": "orthomerge.merging.spaces",
+    "explain": "orthomerge.recipe.explaining",
     "merge": "orthomerge.recipe.run",
     "merge_lora": "orthomerge.recipe.lora",
     "merge_method": "orthomerge.merging.registry",

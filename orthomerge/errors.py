@@ -13,6 +13,7 @@ or as JSON happens in the command line, not here.
     │   ├── OutputError             3   the output may not be written where it was asked for
     │   └── ResumeError             3   an interrupted run cannot be continued
     ├── AdapterError                3   a PEFT adapter is malformed or of an unsupported kind
+    ├── DataError                   3   rows of text, or their file, are not what they should be
     ├── RecipeError                 4   a recipe, parameter or combination is not valid
     │   └── UnknownNameError        4   a name is not registered; carries the nearest match
     ├── NumericalError              5   a value that must be finite or in range is not
@@ -33,6 +34,7 @@ __all__ = [
     "AdapterError",
     "BudgetError",
     "CheckpointError",
+    "DataError",
     "HeaderError",
     "MissingExtraError",
     "NumericalError",
@@ -152,6 +154,12 @@ class ResumeError(CheckpointError):
 
 class AdapterError(OrthoMergeError):
     """A PEFT adapter is malformed, incompatible, or of a kind not supported."""
+
+    exit_code = 3
+
+
+class DataError(OrthoMergeError):
+    """Rows of text, or the file they come from, are not what they should be."""
 
     exit_code = 3
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import shlex
 import signal
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from orthomerge_cli import options as opt
-from orthomerge_cli.session import INTERRUPTED, print_json, say
+from orthomerge_cli.session import INTERRUPTED, print_json, resume_command, say
 
 if TYPE_CHECKING:
     from orthomerge.merging.plan import Plan
@@ -79,7 +78,25 @@ def merge(
         from orthomerge_cli.explaining import explain as explain_merge
 
         return explain_merge(_with_output(merged), as_json=json)
-    plan = _plan(_with_output(merged))
+    carry_out(
+        _with_output(merged), resume=resume, overwrite=overwrite, dry_run=dry_run, quiet=quiet,
+        json=json,
+    )  # fmt: skip
+
+
+def carry_out(
+    recipe: MergeRecipe,
+    *,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    quiet: bool,
+    json: bool,
+) -> None:
+    """Plan a merge, run it unless that was all, and print what became of it."""
+    from orthomerge.recipe.run import plan_recipe
+
+    plan = plan_recipe(recipe)
     if dry_run:
         from orthomerge_cli.summaries import print_plan
 
@@ -109,12 +126,6 @@ def _with_output(recipe: MergeRecipe) -> MergeRecipe:
     return recipe.model_copy(update={"output": recipe.output.model_copy(update={"path": name})})
 
 
-def _plan(recipe: MergeRecipe) -> Plan:
-    from orthomerge.recipe.run import plan_recipe
-
-    return plan_recipe(recipe)
-
-
 def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResult:
     from orthomerge.merging.planning.planner import check_output
 
@@ -137,10 +148,5 @@ def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResul
         with byte_progress(plan.read_bytes, "merging") as advance:
             return run_plan(plan, resume=resume, overwrite=overwrite, advance=advance)
     except (Interrupted, KeyboardInterrupt):
-        say(f"interrupted. Continue with: {_resume_command()}", err=True)
+        say(f"interrupted. Continue with: {resume_command()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
-
-
-def _resume_command() -> str:
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return shlex.join(["orthomerge", *arguments, "--resume"])

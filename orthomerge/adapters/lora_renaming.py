@@ -138,7 +138,8 @@ def converted_module(
         raise AdapterError(
             f"{target}'s names say which part of a pipeline a module belongs to, and this does not",
             tensor=module,
-            remedy="Name the component, e.g. 'unet' or 'text_encoder'.",
+            remedy="Name it, e.g. unet, transformer or text_encoder: --set output.component=unet "
+            "(in a recipe: output.component).",
         )
     return f"{home}.{path}" if target == "diffusers" else _flattened(home, path, encoders)
 
@@ -152,7 +153,8 @@ def _parted(
             raise AdapterError(
                 "kohya's names have lost their dots, so they cannot be written in another format",
                 tensor=module,
-                remedy="Pass the base model, whose names have them, or write kohya's format.",
+                remedy="Pass --as lora and the base model, whose names have them, with --base, or "
+                "write kohya's format.",
             )
         module = FlattenedNames(base_modules).path(module)
     component = None if source == "peft" else component_of(module)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from orthomerge.adapters.keys import base_tensor_name, base_weight_name
+from orthomerge.adapters.keys import base_weight_name
 from orthomerge.adapters.lora import LoraAdapter, LoraModule
 from orthomerge.adapters.lora_renaming import FlattenedNames
 from orthomerge.adapters.rotated import read_finite
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraBiasUpdate", "LoraUpdate", "lora_updates"]
 
 _REMEDY = "Give the base model that the adapter was trained on."
+_NO_BIAS = "the adapter has a bias for a layer that has none in the base"
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,12 @@ def lora_updates(
             if module.kind == "linear":
                 (square if len(fits) == 2 else turned if fits[0] else plain).append(module)
             if module.bias_key is not None:
-                found.append((_bias_name(adapter, module, base), _bias_update(adapter, module)))
+                bias = _bias_name(adapter, module, name, base)
+                found.append((bias, _bias_update(adapter, module)))
         except OrthoMergeError as error:
-            problems.append(error.at(adapter.origin))
+            # Every layer of the model lacks its bias alike, so that is said once.
+            if error.problem != _NO_BIAS or all(p.problem != _NO_BIAS for p in problems):
+                problems.append(error.at(adapter.origin))
     problems += _orientation_problem(adapter, square, bool(turned), bool(plain))
     return found
 
@@ -264,8 +268,17 @@ def _bias_update(adapter: LoraAdapter, module: LoraModule) -> LoraBiasUpdate:
     return LoraBiasUpdate(adapter, module, module.bias_key or "")
 
 
-def _bias_name(adapter: LoraAdapter, module: LoraModule, base: Mapping[str, TensorInfo]) -> str:
-    name = base_tensor_name(f"{module.name}.bias", base)
+def _bias_name(
+    adapter: LoraAdapter, module: LoraModule, weight: str, base: Mapping[str, TensorInfo]
+) -> str:
+    name = f"{weight.removesuffix('.weight')}.bias"
+    if name not in base:
+        raise AdapterError(
+            _NO_BIAS,
+            file=adapter.origin,
+            tensor=name,
+            remedy="Merge the adapters without --base: PEFT adds their biases when it runs them.",
+        )
     stored = adapter.source.tensors[module.bias_key or ""]
     if stored.numel != math.prod(base[name].shape):
         raise AdapterError(

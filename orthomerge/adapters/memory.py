@@ -17,12 +17,18 @@ from typing import TYPE_CHECKING, Any
 from orthomerge.adapters.config import AdapterConfig
 from orthomerge.adapters.contents import is_parameter
 from orthomerge.adapters.keys import PREFIX
-from orthomerge.errors import AdapterError, MissingExtraError, UnknownNameError
+from orthomerge.errors import AdapterError, MissingExtraError, RecipeError, UnknownNameError
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["AdapterState", "adapter_states", "load_adapter_state", "state_config"]
+__all__ = [
+    "AdapterState",
+    "adapter_states",
+    "load_adapter_state",
+    "require_new_name",
+    "state_config",
+]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +129,7 @@ def load_adapter_state(model: Any, state: AdapterState, name: str) -> None:
 
     Raises:
         AdapterError: The model has an adapter of this name, or no place for some of the tensors.
+        RecipeError: No adapter can have this name.
         MissingExtraError: PEFT is not installed.
     """
     try:
@@ -132,12 +139,7 @@ def load_adapter_state(model: Any, state: AdapterState, name: str) -> None:
     except ImportError as error:
         raise MissingExtraError("peft", "demo", "Adding an adapter to a PEFT model") from error
 
-    if name in getattr(model, "peft_config", {}):
-        raise AdapterError(
-            f"the model has an adapter '{name}' already",
-            file=state.name,
-            remedy="Choose another name, or model.delete_adapter it first.",
-        )
+    require_new_name(model, name)
     values = dict(state.config)
     kind = PeftType(str(values.pop("peft_type")).upper())
     model.add_adapter(name, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**values))
@@ -150,6 +152,30 @@ def load_adapter_state(model: Any, state: AdapterState, name: str) -> None:
             tensor=loaded.unexpected_keys[0],
             remedy="Load it into the base model that the adapters were trained on.",
         )
+
+
+def require_new_name(model: Any, name: str) -> None:
+    """Refuse a name under which no adapter can be added to a loaded PEFT model.
+
+    Raises:
+        AdapterError: The model has an adapter of this name.
+        RecipeError: PyTorch allows no module of this name: it is empty, has a dot, ...
+    """
+    from torch.nn import Identity, ModuleDict
+
+    if name in getattr(model, "peft_config", {}):
+        raise AdapterError(
+            f"the model has an adapter '{name}' already",
+            remedy="Choose another name, or model.delete_adapter it first.",
+        )
+    try:
+        ModuleDict({name: Identity()})  # where PEFT keeps an adapter's factors
+    except KeyError:
+        raise RecipeError(
+            "PEFT cannot add an adapter of this name",
+            found=f"{name!r}",
+            remedy="Choose another, e.g. 'merged'; it cannot have a dot.",
+        ) from None
 
 
 def _check_complete(

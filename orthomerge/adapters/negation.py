@@ -71,7 +71,12 @@ def negated(source: Source, *, strength: float = 1.0) -> tuple[_Tensors, dict[st
 
 def _negated_lora(adapter: LoraAdapter, strength: float) -> tuple[_Tensors, dict[str, Any]]:
     if adapter.style != "peft":
-        raise _impossible(adapter.origin, f"it is a file in {adapter.style}'s format, not PEFT's")
+        raise AdapterError(
+            f"only adapters in PEFT's format can be negated, and this is in {adapter.style}'s",
+            file=adapter.origin,
+            remedy=f"Merge it alone: orthomerge merge {adapter.origin} --method passthrough "
+            "--set scale=-1 -o OUT.safetensors.",
+        )
     if adapter.dora:
         raise _impossible(adapter.origin, "DoRA divides by norms of the base's weights")
     negative = {

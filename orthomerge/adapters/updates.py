@@ -5,7 +5,7 @@ Resolved from headers; the changes themselves are computed one tensor at a time,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -71,7 +71,11 @@ class AdapterUpdates:
 
 
 def adapter_updates(
-    source: Source, base_tensors: Mapping[str, TensorInfo], *, tied: bool = False
+    source: Source,
+    base_tensors: Mapping[str, TensorInfo],
+    *,
+    tied: bool = False,
+    dropped: Collection[str] = (),
 ) -> AdapterUpdates:
     """Find the tensors of a base that an adapter changes, and check that they fit.
 
@@ -79,6 +83,7 @@ def adapter_updates(
         source: The adapter.
         base_tensors: Headers of the base.
         tied: The base ties its embedding to its output head, see ``checkpoints.folder.is_tied``.
+        dropped: Whole tensors of the adapter that will not be used, so that they need not fit.
 
     Raises:
         AdapterError: Its kind is not supported, a module or shape is not in the base, ...
@@ -104,7 +109,7 @@ def adapter_updates(
     for name, update in found:
         problems += _update_problems(source, name, update, updates, base_tensors[name])
         updates[name] = update
-    replacements = _replacements(source, adapter.others, base_tensors, updates, problems)
+    replacements = _replacements(source, adapter.others, base_tensors, updates, dropped, problems)
     if tied:
         problems += _tied_problems(source, base_tensors, {**updates, **replacements})
     if problems:
@@ -148,6 +153,7 @@ def _replacements(
     others: Mapping[str, str],
     base: Mapping[str, TensorInfo],
     updates: Mapping[str, WeightUpdate],
+    dropped: Collection[str],
     problems: list[OrthoMergeError],
 ) -> dict[str, str]:
     replaced: dict[str, str] = {}
@@ -157,7 +163,8 @@ def _replacements(
         except AdapterError:
             name = own  # a new head, say
         stored = source.checkpoint.tensors[key]
-        if name in base and base[name].shape != stored.shape:
+        misfit = name in base and base[name].shape != stored.shape
+        if misfit and own not in dropped:
             problem = "the adapter replaces this tensor by one of another shape"
         elif name in updates:
             problem = "the adapter both changes this tensor and replaces it"

@@ -105,11 +105,15 @@ def _open_folder(origin: str, folder: Path) -> Checkpoint:
     if pickles:
         whole = [path for path in pickles if path.name == "pytorch_model.bin"]
         return open_pickles(origin, whole or _complete_set(origin, pickles), folder)
+    inside = sorted(path.parent.name for path in folder.glob("*/adapter_config.json"))
     raise CheckpointError(
         "the folder holds no model weights",
         file=origin,
-        expected="*.safetensors or pytorch_model.bin",
-        remedy="Give the folder that save_pretrained wrote.",
+        expected="*.safetensors, pytorch_model.bin or adapter_model.bin",
+        found=f"folders of adapters: {', '.join(inside)}" if inside else None,
+        remedy=f"Name one of them, e.g. {folder / inside[0]}."
+        if inside
+        else "Give the folder that save_pretrained wrote.",
     )
 
 

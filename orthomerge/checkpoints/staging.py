@@ -21,6 +21,7 @@ from orthomerge.errors import OutputError, ResumeError
 __all__ = ["Staging"]
 
 _LOCK, _OUT, _JOURNAL, _REPLACED = "lock", "out", "journal.jsonl", "replaced"
+_WORK = "work"
 
 
 class Staging:
@@ -33,6 +34,9 @@ class Staging:
         resume: Continue what an interrupted run left.
         overwrite: Discard what an interrupted run left, unless ``resume`` is set too, and replace
             ``output`` when publishing.
+
+    ``files`` is the folder that becomes the output; ``work``, which is not made here, is for
+    what only a resumed run needs.
 
     Raises:
         OutputError: A partial output is there and neither ``resume`` nor ``overwrite`` is set,
@@ -53,6 +57,7 @@ class Staging:
         self.output = output
         self.root = partial_folder(output)
         self.files = self.root / _OUT
+        self.work = self.root / _WORK
         self._overwrite = overwrite
         self._check_content()
         if resume and not self.root.is_dir():
@@ -141,14 +146,14 @@ class Staging:
     def _clean_up(self) -> None:
         """Remove the folder, the lock last: until then nobody else may write into it."""
         with contextlib.suppress(OSError):
-            for name in (_OUT, _REPLACED, _JOURNAL, _LOCK):
+            for name in (_OUT, _WORK, _REPLACED, _JOURNAL, _LOCK):
                 _remove(self.root / name)
             self.root.rmdir()
         self.close()
 
     def _check_content(self) -> None:
         found = {path.name for path in self.root.iterdir()} if self.root.is_dir() else set()
-        own = {_LOCK, _OUT, _JOURNAL, _REPLACED}
+        own = {_LOCK, _OUT, _WORK, _JOURNAL, _REPLACED}
         orphaned = _JOURNAL not in found and self.files.is_dir() and any(self.files.iterdir())
         if found - own or orphaned:
             raise OutputError(
@@ -191,6 +196,7 @@ class Staging:
                     file=self.root,
                     remedy="Pass --resume to continue it or --overwrite to start afresh.",
                 )
+            _remove(self.work)
             _remove(self.files)  # before the journal: files without one look like someone else's
             _remove(path)
         return Journal(path, plan_hash, fingerprints, resume=resume)

@@ -14,7 +14,7 @@ import numpy as np
 
 from orthomerge.demo.data import CLEAN, Images, Labels, Split
 from orthomerge.demo.results import BASE_FOLDER, DemoRow, MadeModel
-from orthomerge.demo.training import quiet_peft
+from orthomerge.quiet import quiet_peft
 
 __all__ = ["load_adapter", "load_full", "measure", "predict"]
 

@@ -23,8 +23,8 @@ from orthomerge.demo.merges import STRENGTHS, merge_jobs, run_merges
 from orthomerge.demo.report import write_report
 from orthomerge.demo.results import BASE_FOLDER, GROUPS, DemoResult, DemoRow, MadeModel
 from orthomerge.demo.settings import FULL_DEMO, QUICK_DEMO, DemoSettings
-from orthomerge.demo.training import quiet_libraries
 from orthomerge.errors import MissingExtraError, OutputError
+from orthomerge.quiet import quiet_libraries
 
 __all__ = ["run_demo"]
 
@@ -72,7 +72,9 @@ def run_demo(
     walk = _Walk(out, seed, settings, say)
     with walk.stage("loading libraries"):
         _load_libraries(say)
-    with quiet_libraries():
+    # One thread: the model is so small that more of them only wait for each other, and the
+    # numbers then do not depend on how many cores there are.
+    with quiet_libraries(threads=1):
         rows = walk.rows()
     result = DemoResult(
         out=out,

@@ -6,21 +6,18 @@ Models in, trained models out; which images they see and where they are saved is
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from orthomerge.demo.data import Split
 from orthomerge.demo.settings import DemoSettings, TrainSettings
+from orthomerge.quiet import quiet_peft
 
 __all__ = [
     "HEAD",
     "add_oft",
     "build_model",
     "freeze_head",
-    "quiet_libraries",
-    "quiet_peft",
     "target_names",
     "train",
 ]
@@ -155,35 +152,3 @@ class _Batches:
 
 def _already_a_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Hide one FutureWarning: PEFT asks transformers 5 for a property that has been renamed."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
-        yield
-
-
-@contextmanager
-def quiet_libraries(threads: int = 1) -> Iterator[None]:
-    """Silence transformers' bars and logs and fix torch's threads; both are put back at the end.
-
-    One thread: the model is so small that more of them only wait for each other, and the numbers
-    then do not depend on how many cores there are.
-    """
-    import torch
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    threads_before = torch.get_num_threads()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads_before)
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -1,6 +1,6 @@
 """Measurements of checkpoints for people to look at; nothing here changes a file."""
 
-from orthomerge.diagnostics.difference import TensorDifference, diff_checkpoints
+from orthomerge.diagnostics.difference import TensorDifference, diff_checkpoints, diff_sources
 from orthomerge.diagnostics.geometry import diagnose
 from orthomerge.diagnostics.inspection import Inspection, inspect_source
 from orthomerge.diagnostics.interference import (
@@ -32,6 +32,7 @@ __all__ = [
     "compared",
     "diagnose",
     "diff_checkpoints",
+    "diff_sources",
     "inspect_source",
     "judge",
     "judge_updates",

@@ -39,6 +39,8 @@ Reduction = Literal["auto", "none", "qr-core", "subspace"]
 _TIES_ONLY = 1e-6  # an anchor up to here only breaks ties: its limit 0 stands for it
 _NEAR_PI = 1e-6  # least 1 + cos(angle) that the Cayley map is trusted with
 _RAISES = 8
+_LEAST_PIVOT = 0.1
+_MODERATE_SKEW = 3.0  # row sum of |A|, a bound of ||A||_2, up to which squaring costs no digits
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,9 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
     half = found.half
     if half is not None:
         return None, True  # then K is moderate, and ||A||_2 <= 2 ||K||_2 + 1
+    quick = _skew_by_cholesky(core)
+    if quick is not None:
+        return quick, True
     inverse, failed = torch.linalg.inv_ex(core + eye)
     if bool((failed != 0).any()) or not bool(torch.isfinite(inverse).all()):
         return None, False
@@ -285,6 +290,25 @@ def _checked_skew(found: Factored) -> tuple[Tensor | None, bool]:
         return A, True
     cosines = torch.linalg.eigvalsh((core + core.mT).double() / 2)
     return A, float(cosines.amin()) + 1 >= _NEAR_PI
+
+
+def _skew_by_cholesky(core: Tensor) -> Tensor | None:
+    """Return ``A = (2 I + R + R^T)^{-1} (R - R^T)``, or None where an angle is not moderate.
+
+    ``2 I + R + R^T = (I + R)^T (I + R)`` is positive definite and has the square of its condition,
+    ``1 + ||A||_2^2``, which is why larger angles go another way.
+    """
+    S = core + core.mT
+    S.diagonal(dim1=-2, dim2=-1).add_(2)
+    L, failed = torch.linalg.cholesky_ex(S)
+    pivots = L.diagonal(dim1=-2, dim2=-1)
+    if bool((failed != 0).any()) or (pivots.numel() and float(pivots.amin()) < _LEAST_PIVOT):
+        return None  # an eigenvalue at or near -1
+    raw = torch.cholesky_solve(core - core.mT, L)
+    A = (raw - raw.mT) / 2
+    if not A.numel() or float(raw.abs().sum(dim=-1).amax()) < _MODERATE_SKEW:
+        return A
+    return None
 
 
 def _raised(base: ProcrustesBase, X: Tensor, anchor: float, retries: int) -> float:

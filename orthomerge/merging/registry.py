@@ -91,6 +91,8 @@ class MergeMethod:
         unfit_ranks: ``(ranks)`` says why factors of these ranks cannot be merged, or None.
         lift: For a method of FACTORS space that runs its nested one in coordinates: their name,
             see ``lifting.coordinates``, from its parameters.
+        whole_changes: Whether a method of factors needs them to be the whole change of the weight,
+            which DoRA's are not: magnitudes scale the base's rows beside them.
         caution: What its user should know before it runs; a note of every plan.
         aliases: Other names it is known by.
     """
@@ -117,6 +119,7 @@ class MergeMethod:
     output_rank: Callable[[Sequence[int]], int] = sum
     unfit_ranks: Callable[[Sequence[int]], str | None] | None = None
     lift: Callable[[Mapping[str, Any]], Any] | None = None
+    whole_changes: bool = False
     caution: str = ""
     aliases: tuple[str, ...] = ()
 

@@ -1,4 +1,4 @@
-"""From YAML text and ``--set`` options to a checked recipe; every error with its line and column.
+"""From YAML text and ``--set`` options to a checked merge; every error with its line and column.
 
 Nothing here opens a checkpoint.
 """
@@ -9,21 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
-
-from orthomerge.errors import (
-    OrthoMergeError,
-    RecipeError,
-    UnknownNameError,
-    combined,
-)
+from orthomerge.errors import OrthoMergeError, RecipeError, UnknownNameError, combined
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.recipe.schema import MergeRecipe
-from orthomerge.recipe.yaml_positions import Document, load_yaml_file, parse_value
+from orthomerge.recipe.validation import apply_settings, validated
+from orthomerge.recipe.yaml_positions import Document, load_yaml_file
 
-__all__ = ["apply_settings", "check_recipe", "load_recipe", "recipe_from_data"]
+__all__ = ["check_recipe", "load_recipe", "recipe_from_data"]
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> MergeRecipe:
@@ -49,12 +42,8 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> MergeRecipe:
 
 def recipe_from_data(document: Document, settings: Sequence[str] = ()) -> MergeRecipe:
     """Check plain data as a recipe, after applying ``key=value`` overrides."""
-    data = apply_settings(document.data, settings)
-    try:
-        recipe = MergeRecipe.model_validate(data)
-    except ValidationError as error:
-        problems = [_problem(item, document) for item in error.errors()]
-        raise combined(problems) from None
+    data = apply_settings(document.data, settings, MergeRecipe)
+    recipe = validated(MergeRecipe, data, document)
     problems = check_recipe(recipe, document)
     if problems:
         raise combined(problems)
@@ -99,95 +88,3 @@ def _parts(name: str, value: Any) -> list[tuple[tuple[str, ...], Any]]:
     method = {"method": value["method"]}
     parts = [((name, key), {**method, key: item}) for key, item in value.items() if key != "method"]
     return [((name, "method"), method), *parts]
-
-
-def apply_settings(data: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any]:
-    """Return recipe data with ``key=value`` overrides applied.
-
-    A key that starts with a key of the recipe is a dotted path into it (``output.dtype=float32``,
-    ``models.0.weight=0.3``); any other key is a method parameter (``density=0.3``), or a dotted
-    path into one that names another method (``residual.density=0.3``). The value is read as YAML.
-
-    Raises:
-        RecipeError: A setting has no ``=``, or its path leads nowhere.
-    """
-    result: dict[str, Any] = _copied(data)
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"'{setting}' is not of the form key=value", remedy="See --help.")
-        try:
-            value = parse_value(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"the value of '{setting}' is not valid YAML") from error
-        parts = key.split(".")
-        if parts[0] not in MergeRecipe.model_fields:
-            parts = ["parameters", *parts]
-        _assign(result, parts, value, setting)
-    return result
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
-
-
-def _assign(target: Any, parts: Sequence[str], value: Any, setting: str) -> None:
-    *parents, last = parts
-    root = target
-    for part, following in zip(parents, parts[1:], strict=True):
-        if isinstance(target, list):
-            position = _position(target, part, setting)
-            if isinstance(target[position], str):  # the short form of a model
-                target[position] = {"path": target[position]}
-            target = target[position]
-        elif isinstance(target, dict):
-            if isinstance(target.get(part), str) and target is not root:  # a method by its name
-                target[part] = {"method": target[part]}
-            target = target.setdefault(part, [] if following.isdigit() else {})
-        else:
-            raise RecipeError(f"'{setting}' leads into a value that has no parts")
-    if isinstance(target, list):
-        target[_position(target, last, setting)] = value
-    elif isinstance(target, dict):
-        target[last] = value
-    else:
-        raise RecipeError(f"'{setting}' leads into a value that has no parts")
-
-
-def _position(items: list[Any], part: str, setting: str) -> int:
-    if part.isdigit() and int(part) < len(items):
-        return int(part)
-    raise RecipeError(f"'{setting}': there is no entry {part}", expected=f"0 to {len(items) - 1}")
-
-
-def _problem(item: Any, document: Document) -> OrthoMergeError:
-    """Turn one pydantic error into ours, with the position and a suggestion."""
-    path = tuple(item["loc"])
-    where = document.where(path)
-    dotted = ".".join(map(str, path))
-    if item["type"] == "extra_forbidden":
-        return UnknownNameError("key", str(path[-1]), _known_keys(path[:-1]), file=where)
-    if item["type"] == "missing":
-        return RecipeError(f"the key '{dotted}' is missing", file=where)
-    message = item["msg"].removeprefix("Value error, ")
-    return RecipeError(f"{dotted}: {message}", file=where, found=repr(item["input"]))
-
-
-def _known_keys(path: Sequence[str | int]) -> list[str]:
-    """Return the keys that are allowed at a place of the recipe."""
-    model: type[BaseModel] = MergeRecipe
-    for part in path:
-        if isinstance(part, str):
-            model = _nested(model, part) or model
-    return list(model.model_fields)
-
-
-def _nested(model: type[BaseModel], name: str) -> type[BaseModel] | None:
-    annotation = model.model_fields[name].annotation if name in model.model_fields else None
-    candidates = [annotation, *getattr(annotation, "__args__", ())]
-    return next(
-        (c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)),
-        None,
-    )

@@ -9,13 +9,29 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from orthomerge.unlearning.data import load_rows, tokenise
+    from orthomerge.unlearning.objectives import get_objective, objective
     from orthomerge.unlearning.projection import RetainProjectionCallback, RetainProjector
+    from orthomerge.unlearning.training import UnlearnTrainer
 
-__all__ = ["RetainProjectionCallback", "RetainProjector"]
+__all__ = [
+    "RetainProjectionCallback",
+    "RetainProjector",
+    "UnlearnTrainer",
+    "get_objective",
+    "load_rows",
+    "objective",
+    "tokenise",
+]
 
 _HOMES = {
     "RetainProjectionCallback": "orthomerge.unlearning.projection",
     "RetainProjector": "orthomerge.unlearning.projection",
+    "UnlearnTrainer": "orthomerge.unlearning.training",
+    "get_objective": "orthomerge.unlearning.objectives",
+    "load_rows": "orthomerge.unlearning.data",
+    "objective": "orthomerge.unlearning.objectives",
+    "tokenise": "orthomerge.unlearning.data",
 }
 
 

@@ -355,7 +355,7 @@ def test_kohyas_names_beside_a_foreign_config_are_kohyas(tmp_path: Path) -> None
 
 
 def test_negation_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="kohya's format") as caught:
+    with pytest.raises(AdapterError, match="this is in kohya's") as caught:
         negated(write(tmp_path, kohya()))
     assert caught.value.remedy
 

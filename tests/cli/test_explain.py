@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import orthomerge
+from orthomerge.errors import OrthoMergeError
+
 MODULES = {
     "model.layers.0.self_attn.q_proj": (24, 30),
     "model.layers.0.mlp.up_proj": (40, 24),
@@ -290,3 +293,15 @@ def test_a_budget_of_a_single_module_is_enough(factors, run) -> None:
     code, out, err = run(*small, "--json")
     assert code == 0, err
     assert len(json.loads(out)["modules"]) == 3
+
+
+def test_the_door_of_python_says_what_the_command_says(factors, run) -> None:
+    for base in (None, "base"):
+        more = ["--base", base] if base else []
+        facts = json.loads(run("merge", "loud", "quiet", *more, "--explain", "--json")[1])
+        found = orthomerge.explain(["loud", "quiet"], base=base)
+        assert json.loads(json.dumps(found.comparison.as_dict()))["total"] == facts["total"]
+        assert found.verdict.text == facts["verdict"]["text"]
+        assert list(found.notes) == facts["notes"]
+    with pytest.raises(OrthoMergeError, match="compares LoRA adapters"):
+        orthomerge.explain(["base", "base"])

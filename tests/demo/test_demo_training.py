@@ -12,7 +12,6 @@ from orthomerge.demo.training import (
     add_oft,
     build_model,
     freeze_head,
-    quiet_libraries,
     target_names,
     train,
 )
@@ -51,14 +50,3 @@ def test_an_adapter_turns_the_linear_layers_and_not_the_head() -> None:
     assert len(trained) == 6 * QUICK_DEMO.layers  # query, key, value, output, two of the MLP
     assert all("oft_R" in name for name in trained)
     assert {name.split(".oft_R")[0].rpartition(".")[2] for name in trained} == set(targets)
-
-
-def test_quieting_is_undone() -> None:
-    from transformers.utils import logging
-
-    before = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads()
-    with quiet_libraries():
-        assert not logging.is_progress_bar_enabled()
-        assert torch.get_num_threads() == 1
-    after = logging.get_verbosity(), logging.is_progress_bar_enabled(), torch.get_num_threads()
-    assert after == before

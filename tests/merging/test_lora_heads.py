@@ -63,3 +63,37 @@ def test_one_head_can_be_kept_in_a_full_checkpoint(folders, method, dtype) -> No
 def test_several_heads_can_be_refused_in_a_full_checkpoint(folders) -> None:
     with pytest.raises(AdapterError, match=r"head\.weight.*--heads keep:N"):
         merged(folders, ["with-1", "with-2"], base=True, adapter_settings={"heads": "error"})
+
+
+@pytest.mark.parametrize("method", ["do-merging", "ties"])
+@pytest.mark.parametrize("kept", [1, 2])
+def test_only_the_kept_head_must_fit_the_base(folders, method, kept) -> None:
+    """A head for another number of classes is in the way only where it would be used."""
+    whole = {HEAD: torch.ones(5, 2)}
+    write(folders / "wide", factors(4), whole=whole, modules_to_save=["head"])
+    pair = ["with-2", "wide"]
+    settings = {"method": method, "adapter_settings": {"heads": f"keep:{kept}"}}
+    if kept == 1:
+        found = merged(folders, pair, base=True, **settings)
+        torch.testing.assert_close(found, torch.full((2, 2), 2.0))
+        return
+    for refused in (settings, {"method": method}):
+        with pytest.raises(AdapterError, match=r"wide.*head\.weight.*another shape"):
+            merged(folders, pair, base=True, **refused)
+
+
+@pytest.mark.parametrize("kept", [1, 2])
+def test_a_dropped_head_need_not_fit_a_base_that_only_gives_norms(folders, kept) -> None:
+    write(folders / "wide", factors(4), whole={HEAD: torch.ones(5, 2)}, modules_to_save=["head"])
+    paths = [folders / name for name in ("wide", "with-2")]
+    settings = {
+        "base": folders / "base.safetensors",
+        "adapter_settings": {"heads": f"keep:{kept}"},
+        "output_settings": {"form": "dora"},
+    }
+    if kept == 1:
+        with pytest.raises(AdapterError, match="another shape"):
+            orthomerge.merge(paths, output=folders / "out", **settings)
+        return
+    found = orthomerge.merge(paths, **settings).tensors["base_model.model.head.weight"]
+    torch.testing.assert_close(found, torch.full((2, 2), 2.0))

@@ -54,17 +54,32 @@ LINEAR = [
     ({**PLAIN, "op": "linear"}, 0.5),
     ({"method": "knots", "op": {"method": SUM, "scale": 0.3}}, 0.3),
     ({"method": "core", "op": {"method": SUM, "scale": 0.6, "normalize": True}}, 0.3),
+    # These two merge no DoRA adapters:
     ({"method": "norm-cap", "deviations": 1e6, "op": {"method": SUM, "scale": 0.3}}, 0.3),
     ({"method": "norm-cap", "deviations": 1e6, "op": {**PLAIN, "scale": 0.3}}, 0.3),
 ]
 
 
-@pytest.mark.parametrize(("settings", "share"), LINEAR)
+@pytest.mark.parametrize(("settings", "share"), LINEAR[:-2])
 def test_dora_has_the_strength_of_the_method_inside(settings, share) -> None:
     adapters = [adapter(1, 2, dora=True), adapter(2, 3, dora=True)]
     found = orthomerge.merge(adapters, base=BASE, **settings).tensors["l.q.weight"]
     wanted = W0 + share * sum(weight_change(one) for one in adapters)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"method": "norm-cap"}, {"method": "do-merging", "op": "norm-cap"}],
+    ids=["itself", "nested"],
+)
+@pytest.mark.parametrize("form", ["full", "dora"])
+def test_norm_cap_refuses_what_it_sees_only_in_part(settings, form) -> None:
+    """An adapter that only scales the base's rows has factors of norm 0, and may be loud."""
+    adapters = [adapter(seed, 2, dora=seed == 3) for seed in (1, 2, 3)]
+    with pytest.raises(OrthoMergeError, match=r"norm-cap sees only the low-rank part.*--weight"):
+        plan(adapters, base=BASE, output_settings={"form": form}, **settings)
+    assert plan(adapters[:2], base=BASE, **settings)
 
 
 @pytest.mark.parametrize(("settings", "share"), LINEAR)

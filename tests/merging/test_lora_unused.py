@@ -56,3 +56,12 @@ def test_how_absent_modules_count_is_part_of_what_is_resumed() -> None:
         for absent in ("zero", "skip")
     }
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize("base", [None, BASE])
+@pytest.mark.parametrize("method", ["do-merging", "task-arithmetic"])
+def test_weights_that_leave_nothing_are_noted(method, base) -> None:
+    adapters = [state(1, 2), state(2, 3)]
+    note = "all weights are 0: nothing of the models is merged"
+    for weights, noted in (([0.0, 0.0], True), ([0.0, 1.0], False), (None, False)):
+        assert (note in plan(adapters, base=base, method=method, weights=weights).notes) == noted

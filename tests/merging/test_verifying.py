@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from orthomerge import merge_lora
 from orthomerge.errors import VerificationError
-from orthomerge.merging.executors import factors as executor
+from orthomerge.merging.executors import factor_outputs as executor
 
 MODULE = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import orthomerge
+from orthomerge.adapters import adapter_states, load_adapter_state
 from orthomerge.errors import AdapterError, OrthoMergeError, RecipeError, UnknownNameError
 
 peft = pytest.importorskip("peft")
@@ -79,4 +80,14 @@ def test_nothing_is_added_where_something_is_wrong(model) -> None:
         orthomerge.merge_lora(["a", "b"], into="merged")
     with pytest.raises(OrthoMergeError, match="needs the base"):
         orthomerge.merge_lora(model, into="merged", form="full")
+    assert set(model.peft_config) == {"first", "second"}
+
+
+@pytest.mark.parametrize("name", ["x.y", "", "keys"])
+def test_names_that_peft_cannot_add_are_refused_before_the_merge(model, name, monkeypatch) -> None:
+    monkeypatch.setattr("orthomerge.recipe.lora.merge", lambda *_, **__: pytest.fail("merged"))
+    with pytest.raises(RecipeError, match="PEFT cannot add an adapter of this name"):
+        orthomerge.merge_lora(model, into=name)
+    with pytest.raises(RecipeError, match="PEFT cannot add an adapter of this name"):
+        load_adapter_state(model, adapter_states(model, ["first"])[0], name)
     assert set(model.peft_config) == {"first", "second"}

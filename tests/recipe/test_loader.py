@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from orthomerge.errors import OrthoMergeError, ProblemsError, RecipeError
-from orthomerge.recipe.loader import apply_settings, load_recipe
+from orthomerge.recipe.loader import load_recipe
 from orthomerge.recipe.run import request_from
+from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.sizes import format_size, parse_size
+from orthomerge.recipe.validation import apply_settings
 
 GOOD = """\
 method: ties
@@ -102,7 +104,7 @@ def test_scientific_notation_is_a_number(load) -> None:
 
 def test_settings_do_not_change_the_given_data() -> None:
     data = {"models": ["x"], "output": {"path": "a"}}
-    assert apply_settings(data, ["output.path=b"])["output"]["path"] == "b"
+    assert apply_settings(data, ["output.path=b"], MergeRecipe)["output"]["path"] == "b"
     assert data["output"]["path"] == "a"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from orthomerge.merging.executors.context import Context
-from orthomerge.merging.executors.factors import joined_module, read_factors
+from orthomerge.merging.executors.factor_inputs import joined_module, read_factors
 from orthomerge.merging.lora.frames import coordinate_shape, lift_of
 from orthomerge.merging.lora.lifting import lifted_coordinates
 from orthomerge.merging.plan import Task

@@ -91,11 +91,10 @@ def open_inputs(
     for at in positions:
         source, changes, name = plan.models[at], plan.changes[at], task.models[at]
         assert name is not None
-        if changes is None:
+        if changes is None or base is None:  # without the base it is a tensor of the source's own
             reader = context.reader(source.checkpoint, name, hashing=hashing, piece_elements=size)
             models.append(FullWeight(name, reader, base))
         else:
-            assert base is not None
             models.append(_adapter(name, source, changes, base, task, context, hashing, size))
     weights = [task.weights[at] for at in positions]
     return Inputs(base, models, positions, weights, task.info.numel, size)

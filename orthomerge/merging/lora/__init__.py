@@ -1,4 +1,4 @@
 """Merging of LoRA adapters as low-rank factors: modules side by side, stages, coordinates, ranks.
 
-The methods are in ``methods``; reading and writing is ``executors.factors``'s.
+The methods are in ``methods``; reading and writing is ``executors``' part.
 """

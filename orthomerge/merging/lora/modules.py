@@ -1,6 +1,6 @@
 """The same LoRA module of several adapters side by side; ranks may differ, shapes may not.
 
-Headers only; the numbers follow in ``executors.factors``.
+Headers only; the numbers follow in ``executors.factor_inputs``.
 """
 
 from __future__ import annotations

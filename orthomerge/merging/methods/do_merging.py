@@ -1,4 +1,7 @@
-"""DO-Merging: decouple magnitudes from directions, and make low-rank updates orthogonal."""
+"""DO-Merging: decouple magnitudes from directions, and make low-rank updates orthogonal.
+
+Decouple and Orthogonalize, arXiv:2505.15875; lowdin is from Gargiulo et al., arXiv:2412.00081.
+"""
 
 from __future__ import annotations
 
@@ -76,11 +79,12 @@ def do_merging(
         renormalise: Give merged columns exactly the merged magnitude.
         op: F, another method for low-rank factors with its parameters; null is the weighted sum.
         scale: λ, or auto: the mean norm of the updates, with λ in [1/N, 2].
-
-    References:
-        Decouple and Orthogonalize, arXiv:2505.15875; lowdin: Gargiulo et al., arXiv:2412.00081.
     """
-    given = dict(locals())
     from orthomerge.merging.lora.decorrelating import do_merge
 
-    return do_merge(given.pop("factors"), given.pop("weights"), given)
+    return do_merge(factors, weights, {
+        "draws": draws, "preset": preset, "orthogonalise": orthogonalise, "target": target,
+        "steps": steps, "tolerance": tolerance, "decouple_strength": decouple_strength,
+        "axis": axis, "magnitude": magnitude, "magnitude_source": magnitude_source, "op": op,
+        "zero_columns": zero_columns, "cap": cap, "renormalise": renormalise, "scale": scale,
+        "strength": strength, "gamma": gamma, "gauge": gauge, "normalise": normalise})  # fmt: skip

@@ -22,6 +22,7 @@ __all__ = ["norm_cap"]
     space=Space.FACTORS,
     reference="median + MAD outlier rule",
     laws=("identity", "permutation", "scale-equivariance"),
+    whole_changes=True,
 )
 def norm_cap(
     factors: Sequence[Factors],

@@ -61,7 +61,11 @@ def agreement_problems(
 
 
 def module_problems(
-    request: MergeRequest, modules: Mapping[str, JoinedLora], *, has_base: bool
+    request: MergeRequest,
+    modules: Mapping[str, JoinedLora],
+    adapters: Sequence[LoraAdapter],
+    *,
+    has_base: bool,
 ) -> list[OrthoMergeError]:
     """Return why these modules cannot be merged into an adapter of the form asked for."""
     problems: list[OrthoMergeError] = []
@@ -73,6 +77,7 @@ def module_problems(
         problems.append(
             AdapterError(
                 "DoRA scales the rows of the base's weights, which no low-rank change can express",
+                file=", ".join(a.origin for a in adapters if a.dora),
                 tensor=dora.name,
                 remedy=f"{base}With --base the result is a full checkpoint, with --as dora as "
                 "well a DoRA adapter.",

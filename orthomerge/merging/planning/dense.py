@@ -47,7 +47,7 @@ def draft_tasks(
     sources = [*([base] if base else []), *models]
     stored = [info.dtype for source in sources for info in source.checkpoint.tensors.values()]
     draft.compute_dtype = compute_dtype(request, stored)
-    views = open_views(models, base, draft.problems)
+    views = open_views(models, base, draft.problems, kept_head=request.kept_head)
     if draft.problems:
         return draft
     draft.changes = tuple(view.changes for view in views)
@@ -174,17 +174,17 @@ def _draft_task(
 ) -> list[Task]:
     has_base = len(views) > len(request.models)
     present = [entry for entry in row.entries if entry is not None]
-    if len({entry.shape for entry in present}) > 1:
-        draft.problems.append(_shape_problem(name, row, views))
-        return []
     floating = all(is_float(entry.dtype) for entry in present)
     if not floating and len({entry.dtype for entry in present}) > 1:
         draft.problems.append(_dtype_problem(name, row))
         return []
     wanted = dtype_from_name(request.dtype) if request.dtype and floating else row.donor.dtype
-    chosen = _kept_head(request, TensorInfo(name, wanted, row.donor.shape), views, draft)
-    if chosen is not None:
-        return [chosen]
+    kept = _kept_head(request, name, wanted, views, draft)
+    if kept is not None:
+        return [kept]
+    if len({entry.shape for entry in present}) > 1:
+        draft.problems.append(_shape_problem(name, row, views))
+        return []
     info = TensorInfo(name, wanted, row.donor.shape)
     settings = resolve_settings(request, method, name, layers)
     relative = _reads_base(request, method, views)
@@ -222,17 +222,21 @@ def _draft_task(
 
 
 def _kept_head(
-    request: MergeRequest, info: TensorInfo, views: Sequence[View], draft: Draft
+    request: MergeRequest, name: str, dtype: str, views: Sequence[View], draft: Draft
 ) -> Task | None:
-    """Return the task of a whole tensor of several adapters of which one is kept, else None."""
+    """Return the task of a whole tensor of several adapters of which one is kept, else None.
+
+    The others' shapes do not matter.
+    """
     models = views[len(views) - len(request.models) :]
-    carried = tuple(v.changes.replacements.get(info.name) if v.changes else None for v in models)
-    keys = chosen_heads(request, info.name, carried, [view.origin for view in models], draft)
+    carried = tuple(v.changes.replacements.get(name) if v.changes else None for v in models)
+    keys = chosen_heads(request, name, carried, [view.origin for view in models], draft)
     if keys == carried or not any(keys):
         return None
     view, key = next((v, k) for v, k in zip(models, keys, strict=True) if k)
     stored = view.source.checkpoint.tensors[key]
-    kind: TaskKind = "copy" if stored.dtype == info.dtype else "convert"
+    kind: TaskKind = "copy" if stored.dtype == dtype else "convert"
+    info = TensorInfo(name, dtype, stored.shape)
     return Task(info, kind, keys, None, (), {}, 1 << 20, stored.nbytes)
 
 

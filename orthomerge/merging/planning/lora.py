@@ -16,7 +16,7 @@ from orthomerge.adapters.lora_updates import LoraUpdate
 from orthomerge.adapters.sources import Source
 from orthomerge.checkpoints.dtypes import dtype_from_name
 from orthomerge.checkpoints.header import TensorInfo
-from orthomerge.errors import OrthoMergeError
+from orthomerge.errors import AdapterError, OrthoMergeError
 from orthomerge.merging.lora.modules import JoinedLora, joined_lora
 from orthomerge.merging.lora.output import LoraOutput
 from orthomerge.merging.plan import MergeRequest, Task
@@ -51,8 +51,8 @@ def draft_tasks(
     stored = [part.dtype for module in modules.values() for part in module.parts if part]
     draft.compute_dtype = compute_dtype(request, stored)
     draft.problems += agreement_problems(request, adapters)
-    draft.problems += module_problems(request, modules, has_base=base is not None)
-    weights = _base_weights(models, base, draft)
+    draft.problems += module_problems(request, modules, adapters, has_base=base is not None)
+    weights = _base_weights(request, models, base, draft)
     _note_absent(request, adapters, modules, draft)
     if draft.problems:
         return draft
@@ -60,6 +60,9 @@ def draft_tasks(
         draft.lora = _output(request, method, adapters, modules, base)
     except OrthoMergeError as error:
         draft.problems.append(error)
+        return draft
+    if draft.lora.style != "peft" and (whole := [a for a in adapters if a.others or a.base_copies]):
+        draft.problems.append(_uncarried(whole, draft.lora.style))
         return draft
     if draft.lora.style == "diffusers":
         draft.filename = _DIFFUSERS_FILE
@@ -82,7 +85,7 @@ def draft_tasks(
 
 
 def _base_weights(
-    models: Sequence[Source], base: Source | None, draft: Draft
+    request: MergeRequest, models: Sequence[Source], base: Source | None, draft: Draft
 ) -> dict[str, tuple[TensorInfo, bool]]:
     """Return the base's weight of each module and whether its columns are output features.
 
@@ -90,7 +93,7 @@ def _base_weights(
     """
     if base is None or draft.problems:
         return {}
-    views = open_views(models, base, draft.problems)
+    views = open_views(models, base, draft.problems, kept_head=request.kept_head)
     draft.changes = tuple(view.changes for view in views)
     return {
         update.module.name: (base.checkpoint.tensors[name], update.turned)
@@ -164,6 +167,15 @@ def _written_names(
         )
         for name in modules
     }
+
+
+def _uncarried(adapters: Sequence[LoraAdapter], style: LoraStyle) -> AdapterError:
+    return AdapterError(
+        f"{style}'s format holds no whole tensors beside the factors, such as trained heads",
+        file=", ".join(adapter.origin for adapter in adapters),
+        tensor=next(iter({**adapters[0].others, **adapters[0].base_copies})),
+        remedy="Write a PEFT adapter: leave --style out.",
+    )
 
 
 def _factors_task(

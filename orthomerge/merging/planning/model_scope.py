@@ -78,6 +78,15 @@ def check_factored(method: MergeMethod, task: Task, module: JoinedLora, draft: D
     ]:
         if each.unfit and (problem := each.unfit((module.rows, module.columns), "linear", given)):
             draft.report_once(RecipeError(problem, tensor=module.name))
+        if each.whole_changes and module.dora:
+            draft.report_once(
+                RecipeError(
+                    f"{each.name} sees only the low-rank part of a DoRA adapter's change, and "
+                    "would leave its magnitudes as loud as they are",
+                    tensor=module.name,
+                    remedy="Lower that adapter's --weight, which counts for its magnitudes, too.",
+                )
+            )
     if (module.dora or module.biased) and not _known_strength(method, task):
         draft.report_once(
             RecipeError(

@@ -26,7 +26,7 @@ from orthomerge.errors import (
     UnknownNameError,
     combined,
 )
-from orthomerge.merging.plan import MergeRequest, OutputKind, Plan
+from orthomerge.merging.plan import MERGED_KINDS, MergeRequest, OutputKind, Plan
 from orthomerge.merging.planning import dense, lora, oft
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.planning.draft import Draft
@@ -79,13 +79,17 @@ def build_plan(request: MergeRequest) -> Plan:
         raise combined(problems)
     planner = _PLANNERS[route]
     draft = planner.draft_tasks(request, method, opened, base)
-    if base is not None and method.space is Space.WEIGHT and request.norm_matched is None:
+    unused = method.space is Space.WEIGHT and request.norm_matched is None
+    if base is not None and unused and all(model.kind == "full" for model in opened):
         draft.notes.append(f"{method.name} does not use the base; config and tokenizer are its")
     if request.method is not None and method.name != request.method:
         known = request.method in method.aliases
         draft.notes.append(
             f"{request.method} is {method.name}{'' if known else ' for models like these'}"
         )
+    weights = [t.weights for t in draft.tasks if t.kind in MERGED_KINDS and t.method is None]
+    if weights and method.uses_weights and not any(map(any, weights)):
+        draft.notes.append("all weights are 0: nothing of the models is merged")
     if method.caution:
         draft.notes.append(method.caution)
     if request.method is None and method.whole:

@@ -20,6 +20,8 @@ __all__ = ["Route", "source_problems"]
 #: What is worked on: OFT generators, LoRA factors, or full weights.
 Route = Literal["rotations", "factors", "full"]
 
+#: PEFT's kinds that add tokens or states and leave every weight as it is.
+_PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT")
 _BASE = "Pass --base (in a recipe: base)"
 
 
@@ -174,7 +176,7 @@ def _kind_problem(
         return None
     elif _makes_updates(model) and chosen:
         return RecipeError(
-            "adapters of several kinds are merged into their base, as a full checkpoint",
+            "an adapter beside models of other kinds is merged into its base, as a full checkpoint",
             file=model.origin,
             found=model.description,
             remedy=f"{_BASE}: the model they were trained on.",
@@ -186,7 +188,11 @@ def _kind_problem(
             remedy += " OFT adapters alone are merged by --method orthomerge."
     else:
         legal = "full checkpoints and LoRA, OFT, BOFT and HRA adapters"
-        remedy = f"Merge each {model.kind} adapter into its base with PEFT first."
+        remedy = (
+            "It changes no weights, so there is nothing to merge: leave it out."
+            if model.kind in _PROMPTS
+            else f"Merge each {model.kind} adapter into its base with PEFT first."
+        )
     return RecipeError(
         f"{method.name} merges {legal}", file=model.origin, found=model.description, remedy=remedy
     )

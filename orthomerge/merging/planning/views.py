@@ -55,16 +55,28 @@ class View:
 
 
 def open_views(
-    models: Sequence[Source], base: Source | None, problems: list[OrthoMergeError]
+    models: Sequence[Source],
+    base: Source | None,
+    problems: list[OrthoMergeError],
+    *,
+    kept_head: int | None = None,
 ) -> list[View]:
-    """Return one view per model; what is wrong with adapters goes to ``problems``."""
+    """Return one view per model; what is wrong with adapters goes to ``problems``.
+
+    Args:
+        models: The models.
+        base: What adapters change.
+        problems: What is wrong is added here.
+        kept_head: Position of the model whose whole tensors take the place of the others'.
+    """
     views = []
-    for model in models:
+    for at, model in enumerate(models):
         if model.kind == "full" or base is None:
             views.append(View(model, model.checkpoint.tensors))
             continue
         try:
-            views.append(_adapter_view(model, base))
+            kept = None if kept_head in (None, at) else models[kept_head]
+            views.append(_adapter_view(model, base, kept))
         except ProblemsError as error:
             problems.extend(error.problems)
         except OrthoMergeError as error:
@@ -72,11 +84,13 @@ def open_views(
     return views
 
 
-def _adapter_view(model: Source, base: Source) -> View:
+def _adapter_view(model: Source, base: Source, kept: Source | None) -> View:
     from orthomerge.adapters.updates import adapter_updates
 
     tied = is_tied(read_config(base.checkpoint.folder))
-    changes = adapter_updates(model, base.checkpoint.tensors, tied=tied)
+    adapter = kept and (kept.lora or kept.rotations)
+    dropped = adapter.others if adapter else ()
+    changes = adapter_updates(model, base.checkpoint.tensors, tied=tied, dropped=dropped)
     own = model.checkpoint.tensors
     tensors = dict(base.checkpoint.tensors)
     for name, key in changes.replacements.items():
