@@ -25,7 +25,7 @@ KINDS = {
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def made(request, facts, tmp_path_factory):  # noqa: F811
+def made(request, facts, tmp_path_factory):
     """(kind, output folder, result) of one run per kind of training."""
     kind = request.param
     from unlearn_runs import request as asked
