@@ -32,8 +32,8 @@ def announce(request: UnlearnRequest, sets: PreparedSets) -> None:
     for name in ("forget", "retain", "holdout"):
         found = getattr(sets, name)
         if found is not None:
-            kept = len(sets.check) if name == "retain" and sets.check is not found else 0
-            more = f" + {kept} only measured" if kept else ""
+            apart = sets.check if name == "retain" and sets.check is not found else None
+            more = "" if apart is None else f" + {len(apart)} only measured"
             say(f"{name:<10} {len(found)} rows{more}  ({getattr(request, name)})", err=True)
     weights = f"γ {objective.forget_weight:g}, α {objective.retain_weight:g}"
     say(f"objective  {objective.info.name}, {weights}", err=True)

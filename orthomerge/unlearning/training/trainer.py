@@ -26,7 +26,7 @@ from orthomerge.unlearning.training.windows import window_shares
 __all__ = ["UnlearnTrainer"]
 
 
-class UnlearnTrainer(Trainer):
+class UnlearnTrainer(Trainer):  # type: ignore[misc]
     """``transformers.Trainer`` for ``γ L_forget + α L_retain``, with or without projection.
 
     Each pass over a batch makes two gradients, one after the other. With a projector the forget
@@ -162,7 +162,7 @@ class UnlearnTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self._alone(model):
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, inputs)
+                loss: Tensor = self.compute_loss(model, inputs)
             self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.processes is not None:
             self._agree()
