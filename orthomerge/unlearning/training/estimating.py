@@ -5,7 +5,6 @@ Estimates, made without loading a weight; the formulas are in the docstrings.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -146,9 +145,8 @@ def _projection_bytes(request: UnlearnRequest, trained: dict[str, Any]) -> int:
     from orthomerge.unlearning.projection import ProjectionSettings, plan_memory
 
     settings = dict(request.projection)
-    scope = settings.pop("scope", None) or ""
-    protected = [p for name, p in trained.items() if re.search(scope, name)]
-    plan = plan_memory(protected, ProjectionSettings(**settings))
+    scope = settings.pop("scope", None)
+    plan = plan_memory(trained, ProjectionSettings(**settings), scope=scope)
     return plan.device_bytes + plan.on_host
 
 
