@@ -169,7 +169,7 @@ def _run(
     }  # fmt: skip
     names = write_model(
         staging.files,
-        session.model,
+        session.finished_model(),
         sets.tokenizer,
         provenance=_provenance(request, sets),
         report=content,

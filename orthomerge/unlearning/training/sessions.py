@@ -54,6 +54,7 @@ class Session:
             model = load_model(request.model, request.adapter, request.train)
             self.model = with_adapter(model, request.adapter).to(self._device())
         self.start = Snapshot(self.model)  # before a point to resume from is loaded
+        self._caches = model.config.use_cache
         self._gold: SetScores | None = self._gold_scores()
         known = {"forget": sets.forget, "alternate": sets.alternate}
         self.reference = reference_for(
@@ -139,6 +140,11 @@ class Session:
         steps, projected = trainer.state.global_step, self.projector.projections
         if projected != steps:
             raise RuntimeError(f"{projected} projections for {steps} optimizer steps")
+
+    def finished_model(self) -> Any:
+        """Return the model as it is to be written: the Trainer leaves use_cache switched off."""
+        self.model.config.use_cache = self._caches
+        return self.model
 
     def autocast(self) -> Any:
         """Return the context that forward passes run in."""

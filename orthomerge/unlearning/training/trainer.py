@@ -86,8 +86,8 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *rest: Any) -> Any:
         """Fetch the batches of one optimizer step, and what share of it each is.
 
-        The pairs of forget and retain rows change with the epoch. accelerate tells it to a sampler
-        or to the data, not to both, so that is done here; nothing is fetched earlier in an epoch.
+        The pairs of forget and retain rows change with the epoch. With several processes accelerate
+        tells it to the sampler only, so that is done here; nothing is fetched earlier in an epoch.
         """
         if hasattr(self.train_dataset, "set_epoch"):
             self.train_dataset.set_epoch(int(self.state.epoch or 0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -130,5 +129,42 @@ def test_dry_run_says_what_will_be_done_and_writes_nothing(run, facts, tmp_path)
     facts_told = json.loads(out)
     assert facts_told["sets"]["forget"]["rows"] == 6
     assert {s["scored"] for row in facts_told["preview"] for s in row["runs"]} == {True, False}
-    assert leftovers(tmp_path) == before
-    assert os.listdir(tmp_path) == []
+    bytes_told = []
+    for scope in ("q_proj", "."):
+        code, out, err = run(*common, "--json", "--set", f"projection.scope={scope}")
+        assert code == 0, err
+        bytes_told.append(json.loads(out)["estimate"]["projection_bytes"])
+    assert bytes_told[0] < bytes_told[1] == facts_told["estimate"]["projection_bytes"]
+    assert leftovers(tmp_path) == before == set()
+
+
+def test_with_json_it_prints_one_object_and_nothing_else(run, facts, tmp_path):
+    options = [part for name in ("forget", "retain", "holdout")
+               for part in (f"--{name}", facts / f"{name}.jsonl")]  # fmt: skip
+    common = ["unlearn", "--model", facts / "model", *options, "-o", tmp_path / "out", "--json"]
+    common += ["--steps", "2", "--lr", "0.002", "--projection", "off", "--set", "stop.level=none"]
+    code, out, err = run(*common)
+    assert (code, err) == (0, "")
+    told = json.loads(out)
+    assert told.pop("output") == str(tmp_path / "out")
+    assert told == json.loads((tmp_path / "out" / "unlearning.json").read_text())
+    code, out, err = run(*common)
+    assert (code, err) == (3, "")
+    assert json.loads(out)["error"] == "OutputError"
+    code, out, err = run(*common, "--overwrite", "--quiet")
+    assert (code, err) == (0, "")
+
+
+def test_the_door_in_python_does_the_same(run, facts, tmp_path):
+    from orthomerge.recipe.unlearning import unlearn
+
+    command = arguments(facts, tmp_path / "a", "--projection", "off", "--set", "beta=0.3")
+    assert run(*command[len(COMMAND) - 1 :])[0] == 0
+    result = unlearn(
+        facts / "model", facts / "forget.jsonl", facts / "retain.jsonl", output=tmp_path / "b",
+        holdout=facts / "holdout.jsonl", projection="off", beta=0.3,
+        train={"max_steps": 8, "learning_rate": 0.002, "batch_size": 6, "save_every": 2},
+        stop={"level": "none", "evaluate_every": 4},
+    )  # fmt: skip
+    assert result.output == tmp_path / "b"
+    assert content(tmp_path / "a") == content(tmp_path / "b")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_llama import FORGET, HOLDOUT, RETAIN
-from unlearn_runs import leftovers, request, run
+from unlearn_runs import leftovers, request, run, timeless
 
 from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.training import estimate, prepare_sets
@@ -113,7 +113,7 @@ def test_the_record_has_recipe_and_fingerprints_and_nothing_has_a_rows_text(made
             continue
         text = path.read_text()
         assert [s for s in secrets if s in text] == [], path.name
-    steps = [json.loads(line) for line in (output / "unlearning_steps.jsonl").open()]
+    steps = timeless((output / "unlearning_steps.jsonl").read_text())
     assert [step["step"] for step in steps] == [1, 2, 3, 4]
     assert [step["projection"]["window"] for step in steps] == [0, 1, 2, 3]
     assert result.steps == 4
