@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import (
     OrthoMergeError,
+    ProblemsError,
     RecipeError,
     UnknownNameError,
     combined,
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from orthomerge.unlearning.training import StepReport, UnlearnRequest, UnlearnResult
 
 __all__ = ["load_unlearning", "unlearn", "unlearning_from_data", "unlearning_request"]
-
-_BANK_ROWS = 256
 
 
 def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
@@ -160,10 +159,13 @@ def _unknown(recipe: UnlearnRecipe, document: Document) -> list[OrthoMergeError]
         return [error.at(document.where(key))]
     except OrthoMergeError as error:
         return [error.at(document.where(("parameters",)))]
+    where = document.where(("projection",))
     try:
         _projection(recipe)
+    except ProblemsError as error:
+        return [problem.at(where) for problem in error.problems]
     except OrthoMergeError as error:
-        return [error.at(document.where(("projection",)))]
+        return [error.at(where)]
     return []
 
 
@@ -179,21 +181,6 @@ def _objective(recipe: UnlearnRecipe) -> Objective:
 
 def _projection(recipe: UnlearnRecipe) -> tuple[Mapping[str, Any] | None, int]:
     """Return the projector's settings, None for none, and how many rows its bank covers."""
-    from dataclasses import fields
+    from orthomerge.recipe.projection_values import projection_settings
 
-    from orthomerge.unlearning.projection import ProjectionSettings, preset
-
-    given = dict(recipe.projection)
-    name = given.pop("preset")
-    bank_rows = given.pop("bank_rows", _BANK_ROWS)
-    if name == "off":
-        return None, 0
-    known = {field.name for field in fields(ProjectionSettings)} | {"scope"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise UnknownNameError("setting of the projection", unknown[0], {*known, "bank_rows"})
-    settings = preset(str(name), **given)
-    ProjectionSettings(**{k: v for k, v in settings.items() if k != "scope"})
-    if not isinstance(bank_rows, int) or bank_rows < 1:
-        raise RecipeError("bank_rows must be a number of rows", found=bank_rows, expected=">= 1")
-    return settings, bank_rows
+    return projection_settings(recipe.projection)
