@@ -25,8 +25,10 @@ import orthomerge
 
 __all__ = ["arms", "main", "rise_at_level"]
 
-# npo's loss is a sum over the tokens of a row, the retain loss a mean over tokens.
+# npo's loss is a sum over the tokens of a row, the retain loss a mean over tokens. A row stops to
+# pull a few 1/β above its start, so rows of this length need a β smaller than that of answers.
 _ALPHAS = {"npo": (10.0, 100.0), "grad-diff": (1.0, 10.0)}
+_PARAMETERS: dict[str, dict[str, float]] = {"npo": {"beta": 0.01}, "grad-diff": {}}
 _LEARNING_RATE = 1e-3  # of the LoRA adapters; a model this small needs more than a large one
 
 
@@ -75,7 +77,7 @@ def run_arm(
     result = orthomerge.unlearn(
         folder / "model", paths["forget"], paths["retain"], holdout=paths["holdout"],
         output=output, objective=arm["objective"], projection=projection, seed=seed,
-        loss={"retain_weight": arm["alpha"]},
+        loss={"retain_weight": arm["alpha"]}, parameters=_PARAMETERS[arm["objective"]],
         train={"learning_rate": _LEARNING_RATE, "max_steps": size.steps, "device": "cpu"},
         stop={"max_retain_rise": None, "evaluate_every": 2},
     )  # fmt: skip
@@ -134,6 +136,7 @@ def main() -> None:
         "topics": topics,
         "seeds": options.seeds,
         "learning_rate": _LEARNING_RATE,
+        "parameters": _PARAMETERS,
         "runs": runs,
     }
     write_result(options.output, result)

@@ -48,4 +48,6 @@ def _rise(runs: Sequence[Mapping[str, Any]]) -> str:
         missed = rises.count(None)
         return f"not reached ({missed} of {len(rises)})"
     mean = statistics.mean(rises)
+    if len(rises) == 1:
+        return f"{mean:+.3f}"
     return f"{mean:+.3f} ({min(rises):+.3f} to {max(rises):+.3f})"

@@ -14,7 +14,7 @@ from orthomerge.errors import (
     combined,
 )
 from orthomerge.recipe.unlearning_projection import projection_settings
-from orthomerge.recipe.unlearning_schema import UnlearnRecipe
+from orthomerge.recipe.unlearning_schema import ObjectiveOptions, UnlearnRecipe
 from orthomerge.recipe.validation import apply_settings, validated
 from orthomerge.recipe.yaml_positions import Document, load_yaml_file
 from orthomerge.unlearning.objectives import get_objective
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from orthomerge.unlearning.training import StepReport, UnlearnRequest, UnlearnResult
 
 __all__ = ["load_unlearning", "unlearn", "unlearning_from_data", "unlearning_request"]
+
+_LOSS_KEYS = frozenset(ObjectiveOptions.model_fields)
 
 
 def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
@@ -46,9 +48,11 @@ def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
 def unlearning_from_data(document: Document, settings: Sequence[str] = ()) -> UnlearnRecipe:
     """Check plain data as a recipe, after applying ``key=value`` overrides.
 
-    A key that is none of the recipe's is a parameter of the objective.
+    In an override a key of ``loss`` may stand alone (``retain_weight=10``), and a key that is none
+    of the recipe's is a parameter of the objective.
     """
-    data = apply_settings(document.data, settings, UnlearnRecipe)
+    given = [f"loss.{s}" if s.partition("=")[0] in _LOSS_KEYS else s for s in settings]
+    data = apply_settings(document.data, given, UnlearnRecipe)
     recipe = validated(UnlearnRecipe, data, document)
     problems = [*_missing(recipe, document), *_unknown(recipe, document)]
     if problems:
@@ -128,6 +132,8 @@ def unlearn(
     for key, value in options.items():
         if key in UnlearnRecipe.model_fields:
             data[key] = value
+        elif key in _LOSS_KEYS:
+            data["loss"] = {**data.get("loss", {}), key: value}
         else:
             data.setdefault("parameters", {})[key] = value
     recipe = unlearning_from_data(Document(data, "call of unlearn"))

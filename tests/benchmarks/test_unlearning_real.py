@@ -69,4 +69,6 @@ def test_benchmark_runs_at_a_tiny_size(tmp_path, monkeypatch) -> None:
     assert "| npo | 1 | gu |" in table[-1]
     assert "not reached (1 of 1)" in table[-1]
     first["retain_rise_at_level"] = 0.25
-    assert "+0.250 (+0.250 to +0.250)" in real_text_table(result)[2]
+    assert "| +0.250 |" in real_text_table(result)[2]
+    result["runs"] += [{**first, "retain_rise_at_level": 0.75}]
+    assert "+0.500 (+0.250 to +0.750)" in real_text_table(result)[2]

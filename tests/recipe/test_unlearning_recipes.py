@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from orthomerge_cli.main import app
 from orthomerge_cli.session import run_guarded
@@ -170,3 +171,28 @@ def test_init_names_the_nearest_of_both_kinds(tmp_path, capfd) -> None:
     assert run_guarded(app, ["init", "simpno", str(tmp_path / "r.yaml")]) == 4
     assert "Did you mean 'simnpo'?" in capfd.readouterr().err
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_values_of_the_projection_are_read_and_refused_all_at_once(tmp_path) -> None:
+    recipe = ROOT / "recipes/unlearning/npo-gu.yaml"
+    given = ["row_dtype=bfloat16", "rows=[batch, history]", "history=2", "granularity=[a, b]",
+             "rtol=null", "restore=0", "scope=lora_A", "bank_rows=4"]  # fmt: skip
+    request = unlearning_request(load_unlearning(recipe, [f"projection.{g}" for g in given]))
+    assert request.bank_rows == 4
+    assert request.projection is not None
+    assert request.projection["row_dtype"] is torch.bfloat16
+    assert request.projection["scope"] == "lora_A"
+    wrong = ["row_dtype=int8", "rows=batch", "history=true", "restore=low", "allow_approximate=1",
+             "rtol=x", "mode=3", "bnak=1", "bank_rows=0"]  # fmt: skip
+    with pytest.raises(ProblemsError) as caught:
+        load_unlearning(recipe, [f"projection.{word}" for word in wrong])
+    assert len(caught.value.problems) == len(wrong)
+    assert all("npo-gu.yaml:24:1" in str(problem) for problem in caught.value.problems)
+    with pytest.raises(OrthoMergeError, match="Did you mean 'gu'"):
+        load_unlearning(recipe, ["projection=guu"])
+    with pytest.raises(OrthoMergeError, match="restore is out of range"):
+        load_unlearning(recipe, ["projection.restore=-1"])
+
+
+def test_methods_shows_an_objective_by_its_other_name(run) -> None:
+    assert json.loads(run("orthomerge methods show idk-dpo --json"))["name"] == "dpo"

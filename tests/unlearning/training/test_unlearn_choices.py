@@ -38,7 +38,11 @@ def test_every_objective(name, projection, facts, tmp_path):
         {"loss__retain_loss": "kl"},
         {"loss__retain_loss": "kl", "adapter__kind": "full", "train__learning_rate": 5e-4},
         {"adapter__kind": "oft", "adapter__block_size": 8, "train__learning_rate": 1e-2},
-        {"adapter__kind": "full", "train__learning_rate": 5e-4, "train__optimizer": "adamw",
+        {
+            "adapter__kind": "full",
+            "train__learning_rate": 5e-4,
+            "train__gradient_checkpointing": True,
+        },
          "train__gradient_checkpointing": True},
         {"train__gradient_checkpointing": True},
         {"objective": "rmu", "train__gradient_checkpointing": True},
