@@ -43,7 +43,6 @@ def test_every_objective(name, projection, facts, tmp_path):
             "train__learning_rate": 5e-4,
             "train__gradient_checkpointing": True,
         },
-         "train__gradient_checkpointing": True},
         {"train__gradient_checkpointing": True},
         {"objective": "rmu", "train__gradient_checkpointing": True},
         {"train__optimizer": "sgd", "train__learning_rate": 1.0},
