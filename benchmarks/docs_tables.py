@@ -15,6 +15,7 @@ from typing import Any
 
 from lora_tables import lora_growth, lora_made_by, lora_speed
 from tasks.tables import method_table
+from unlearning_real_tables import real_text_table
 
 __all__ = ["main", "pages", "rendered"]
 
@@ -229,6 +230,8 @@ _TABLES: dict[str, tuple[str, Callable[[Mapping[str, Any]], list[str]]]] = {
     "tasks-imbalanced-untuned": (_IMBALANCED, task_families("lora_imb", "untuned")),
     "tasks-imbalanced-tuned": (_IMBALANCED, task_families("lora_imb", "tuned")),
     "tasks-imbalanced-made-by": (_IMBALANCED, made_by),
+    "unlearning-real": ("unlearning_real.json", real_text_table),
+    "unlearning-real-made-by": ("unlearning_real.json", made_by),
     "real-finetune": ("real_finetune.json", finetune_table),
     "real-finetune-merges": ("real_finetune.json", finetune_merges),
 }

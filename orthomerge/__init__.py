@@ -1,8 +1,8 @@
 """Geometry-preserving model merging on safetensors checkpoints and PEFT adapters.
 
-``merge``, ``merge_lora``, ``plan`` and ``explain`` are the doors for scripts; ``linalg`` holds the
-geometry. Names are loaded on first use: importing this package imports neither torch nor
-transformers nor peft.
+``merge``, ``merge_lora``, ``plan``, ``explain`` and ``unlearn`` are the doors for scripts;
+``linalg`` holds the geometry. Names are loaded on first use: importing this package imports
+neither torch nor transformers nor peft.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from orthomerge.recipe.explaining import explain
     from orthomerge.recipe.lora import merge_lora
     from orthomerge.recipe.run import merge, plan
+    from orthomerge.recipe.unlearning import unlearn
 
 __all__ = [
     "MergeResult",
@@ -33,6 +34,7 @@ __all__ = [
     "merge_lora",
     "merge_method",
     "plan",
+    "unlearn",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "merge_lora": "orthomerge.recipe.lora",
     "merge_method": "orthomerge.merging.registry",
     "plan": "orthomerge.recipe.run",
+    "unlearn": "orthomerge.recipe.unlearning",
 }
 
 

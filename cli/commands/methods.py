@@ -45,13 +45,18 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one method: formula, parameters with ranges and defaults, reference."""
-    from orthomerge.merging.registry import all_methods, get_method
-    from orthomerge.unlearning.objectives import all_objectives
+    from orthomerge.errors import UnknownNameError
+    from orthomerge.merging.registry import get_method
+    from orthomerge.unlearning.objectives import get_objective
 
-    objectives = all_objectives()
-    if name in objectives and name not in all_methods():
-        return _show_objective(objectives[name], as_json=json)
-    method = get_method(name)
+    try:
+        method = get_method(name)
+    except UnknownNameError as no_method:
+        try:
+            return _show_objective(get_objective(name), as_json=json)
+        except UnknownNameError as neither:
+            known = {*no_method.known, *neither.known}
+            raise UnknownNameError("method or objective", name, known) from None
     if json:
         return print_json(_facts(method))
     say(f"{name}: {method.description.split('Args:')[0].strip()}\n")

@@ -15,17 +15,18 @@ def validate(
     settings: Set = None,
     json: Json = False,
 ) -> None:
-    """Check recipes: keys, types, method, parameters. Models are not opened.
+    """Check recipes: keys, types, method, parameters. Neither models nor rows are opened.
 
+    A recipe with the key models is one of merging, one with the key model one of unlearning.
     Every problem of every file is reported, with line and column.
     """
     from orthomerge.errors import OrthoMergeError, ProblemsError, combined
-    from orthomerge.recipe.loader import load_recipe
+    from orthomerge.recipe.kinds import load_any_recipe
 
     problems: list[OrthoMergeError] = []
     for path in recipes:
         try:
-            load_recipe(path, settings or [])
+            load_any_recipe(path, settings or [])
         except ProblemsError as error:
             problems += error.problems
         except OrthoMergeError as error:

@@ -11,7 +11,7 @@ from orthomerge.merging.registry import MergeMethod
 from orthomerge.merging.spaces import Space
 from orthomerge.parameters import Parameter
 
-__all__ = ["recipe_template"]
+__all__ = ["parameter_lines", "recipe_template", "written"]
 
 _FOLDERS = {
     Space.WEIGHT: ("models/first", "models/second"),
@@ -33,7 +33,7 @@ def recipe_template(method: MergeMethod, path: Path) -> str:
     lines += [f"# Run:    orthomerge merge --recipe {path}"]
     example = next(iter(method.parameters), None)
     if example:
-        value = _written(method.parameters[example].default)
+        value = written(method.parameters[example].default)
         lines += [f"# Change: orthomerge merge --recipe {path} --set {example}={value}"]
     lines += [f"method: {method.name}", "", *_models(method)]
     if method.parameters:
@@ -41,7 +41,7 @@ def recipe_template(method: MergeMethod, path: Path) -> str:
         lines += ["# list of rules: [{match: '*.mlp.*', value: ...}, {value: ...}]."]
         lines += ["parameters:"]
         for parameter in method.parameters.values():
-            lines += _parameter(parameter)
+            lines += parameter_lines(parameter)
     lines += ["", "output:", "  path: merged", "  max_shard_size: 5GB", ""]
     return "\n".join(lines)
 
@@ -69,13 +69,14 @@ def _models(method: MergeMethod) -> list[str]:
     return [*head, "models:", *entries]
 
 
-def _parameter(parameter: Parameter) -> list[str]:
+def parameter_lines(parameter: Parameter) -> list[str]:
+    """Return a parameter at its default, under a comment that says what it does."""
     comment = f"{parameter.help} ({parameter.allowed})"
     wrapped = textwrap.wrap(comment, 90, initial_indent="  # ", subsequent_indent="  # ")
-    return [*wrapped, f"  {parameter.name}: {_written(parameter.default)}"]
+    return [*wrapped, f"  {parameter.name}: {written(parameter.default)}"]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """Return a default in YAML's spelling."""
     if value is None:
         return "null"

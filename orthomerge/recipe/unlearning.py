@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import (
     OrthoMergeError,
+    ProblemsError,
     RecipeError,
     UnknownNameError,
     combined,
 )
-from orthomerge.recipe.unlearning_schema import UnlearnRecipe
+from orthomerge.recipe.unlearning_projection import projection_settings
+from orthomerge.recipe.unlearning_schema import ObjectiveOptions, UnlearnRecipe
 from orthomerge.recipe.validation import apply_settings, validated
 from orthomerge.recipe.yaml_positions import Document, load_yaml_file
 from orthomerge.unlearning.objectives import get_objective
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_unlearning", "unlearn", "unlearning_from_data", "unlearning_request"]
 
-_BANK_ROWS = 256
+_LOSS_KEYS = frozenset(ObjectiveOptions.model_fields)
 
 
 def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
@@ -46,9 +48,11 @@ def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
 def unlearning_from_data(document: Document, settings: Sequence[str] = ()) -> UnlearnRecipe:
     """Check plain data as a recipe, after applying ``key=value`` overrides.
 
-    A key that is none of the recipe's is a parameter of the objective.
+    In an override a key of ``loss`` may stand alone (``retain_weight=10``), and a key that is none
+    of the recipe's is a parameter of the objective.
     """
-    data = apply_settings(document.data, settings, UnlearnRecipe)
+    given = [f"loss.{s}" if s.partition("=")[0] in _LOSS_KEYS else s for s in settings]
+    data = apply_settings(document.data, given, UnlearnRecipe)
     recipe = validated(UnlearnRecipe, data, document)
     problems = [*_missing(recipe, document), *_unknown(recipe, document)]
     if problems:
@@ -128,6 +132,8 @@ def unlearn(
     for key, value in options.items():
         if key in UnlearnRecipe.model_fields:
             data[key] = value
+        elif key in _LOSS_KEYS:
+            data["loss"] = {**data.get("loss", {}), key: value}
         else:
             data.setdefault("parameters", {})[key] = value
     recipe = unlearning_from_data(Document(data, "call of unlearn"))
@@ -153,18 +159,38 @@ def _missing(recipe: UnlearnRecipe, document: Document) -> list[OrthoMergeError]
 
 def _unknown(recipe: UnlearnRecipe, document: Document) -> list[OrthoMergeError]:
     """Return what the objective and the projection say is wrong, with where it stands."""
+    problems: list[OrthoMergeError] = []
+    objective: Objective | None = None
     try:
-        _objective(recipe)
-    except UnknownNameError as error:
-        key = ("objective",) if error.kind == "objective" else ("parameters", error.name)
-        return [error.at(document.where(key))]
+        objective = _objective(recipe)
     except OrthoMergeError as error:
-        return [error.at(document.where(("parameters",)))]
+        problems.append(error.at(document.where(_place(error, recipe))))
+
+    def where(key: str | None) -> str:
+        return document.where(("projection", key) if key else ("projection",))
+
     try:
-        _projection(recipe)
+        projection, _ = _projection(recipe, where)
     except OrthoMergeError as error:
-        return [error.at(document.where(("projection",)))]
-    return []
+        return [*problems, *(error.problems if isinstance(error, ProblemsError) else (error,))]
+    if projection is not None and objective is not None and objective.retain == "none":
+        problems.append(
+            RecipeError(
+                "the projection protects the retain loss, and there is none",
+                file=document.where(("loss", "retain_loss")),
+                remedy="Choose another loss.retain_loss, or set projection to off.",
+            )
+        )
+    return problems
+
+
+def _place(error: OrthoMergeError, recipe: UnlearnRecipe) -> tuple[str, ...]:
+    """Return the key of the recipe that an objective's complaint is about."""
+    if isinstance(error, UnknownNameError):
+        return ("objective",) if error.kind == "objective" else ("parameters", error.name)
+    if recipe.loss.retain_loss is not None and error.found == recipe.loss.retain_loss:
+        return ("loss", "retain_loss")
+    return ("parameters",) if recipe.parameters else ("objective",)
 
 
 def _objective(recipe: UnlearnRecipe) -> Objective:
@@ -177,23 +203,8 @@ def _objective(recipe: UnlearnRecipe) -> Objective:
     )
 
 
-def _projection(recipe: UnlearnRecipe) -> tuple[Mapping[str, Any] | None, int]:
-    """Return the projector's settings, None for none, and how many rows its bank covers."""
-    from dataclasses import fields
-
-    from orthomerge.unlearning.projection import ProjectionSettings, preset
-
-    given = dict(recipe.projection)
-    name = given.pop("preset")
-    bank_rows = given.pop("bank_rows", _BANK_ROWS)
-    if name == "off":
-        return None, 0
-    known = {field.name for field in fields(ProjectionSettings)} | {"scope"}
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise UnknownNameError("setting of the projection", unknown[0], {*known, "bank_rows"})
-    settings = preset(str(name), **given)
-    ProjectionSettings(**{k: v for k, v in settings.items() if k != "scope"})
-    if not isinstance(bank_rows, int) or bank_rows < 1:
-        raise RecipeError("bank_rows must be a number of rows", found=bank_rows, expected=">= 1")
-    return settings, bank_rows
+def _projection(
+    recipe: UnlearnRecipe, where: Callable[[str | None], str] | None = None
+) -> tuple[Mapping[str, Any] | None, int]:
+    momentum = recipe.train.optimizer == "adamw"
+    return projection_settings(recipe.projection, momentum=momentum, where=where)

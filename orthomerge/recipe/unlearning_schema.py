@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
-__all__ = ["UnlearnRecipe"]
+__all__ = ["ObjectiveOptions", "UnlearnRecipe"]
 
 
 def _path(value: Any) -> Any:

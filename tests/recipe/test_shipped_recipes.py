@@ -1,4 +1,4 @@
-"""Every recipe in recipes/ is valid, plans, and runs small; so does every `init` template."""
+"""Every recipe of a merge is valid, plans, and runs small; so does every `init` template."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from orthomerge.recipe.run import plan_recipe
 from orthomerge.recipe.template import recipe_template
 
 ROOT = Path(__file__).parent.parent.parent
-SHIPPED = sorted((ROOT / "recipes").rglob("*.yaml"))
+EVERY = sorted((ROOT / "recipes").rglob("*.yaml"))
+# test_unlearning_recipes has the others.
+SHIPPED = [path for path in EVERY if path.parent.name != "unlearning"]
 MODULES = ["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"]
 
 

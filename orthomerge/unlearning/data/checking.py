@@ -74,7 +74,7 @@ def check_sets(
             count = len({id(row) for row, _ in shared})
             problems.append(
                 DataError(
-                    f"{_rows_are(count)} of the forget set also in the {name} set",
+                    f"the forget set shares {_counted(count, 'row')} with the {name} set",
                     found=_listed(shared),
                     remedy=f"Take {'it' if count == 1 else 'them'} out of one of the two.",
                 )
@@ -106,7 +106,8 @@ def set_notes(
             for note in _notes_on_two(forget, name, rows)
         ),
         *_pair_note(
-            "of the retain set also in the holdout, which is then no set of unseen rows",
+            "the retain set shares {} with the holdout, which is then no set of unseen rows",
+            "row",
             _shared(sets.get("retain", ()), sets.get("holdout", ()), _whole),
         ),
     ]
@@ -119,7 +120,7 @@ def _notes_on_one(name: str, rows: _Rows) -> Iterator[SetNote]:
         earlier = first.setdefault(_whole(row), row)
         if earlier is not row:
             twice.append((row, earlier))
-    yield from _pair_note(f"of the {name} set there more than once", twice)
+    yield from _pair_note(f"the {name} set repeats {{}}", "row", twice)
     unused = dict.fromkeys(column for row in rows for column in row.unused)
     if unused:
         count = sum(bool(row.unused) for row in rows)
@@ -136,22 +137,22 @@ def _notes_on_two(forget: _Rows, name: str, rows: _Rows) -> Iterator[SetNote]:
         pair for pair in _shared(forget, rows, _question) if _whole(pair[0]) != _whole(pair[1])
     ]
     yield from _pair_note(
-        f"of the forget set answered differently in the {name} set", same_question
+        f"the forget and the {name} set answer {{}} differently", "question", same_question
     )
     same_answer = [
         pair for pair in _shared(forget, rows, _answer) if _question(pair[0]) != _question(pair[1])
     ]
     yield from _pair_note(
-        f"of the forget set the answer to another question in the {name} set", same_answer
+        f"the forget and the {name} set share {{}} to different questions", "answer", same_answer
     )
 
 
-def _pair_note(text: str, pairs: Sequence[_Pair]) -> list[SetNote]:
+def _pair_note(text: str, noun: str, pairs: Sequence[_Pair]) -> list[SetNote]:
     if not pairs:
         return []
     count = len({id(row) for row, _ in pairs})
     places = tuple(f"{one.where} = {other.where}" for one, other in pairs[:_SHOWN])
-    return [SetNote(f"{_rows_are(count)} {text}", count, places)]
+    return [SetNote(text.format(_counted(count, noun)), count, places)]
 
 
 def _given(forget: _Rows, retain: _Rows | None, holdout: _Rows | None) -> dict[str, _Rows]:
@@ -187,8 +188,8 @@ def _answer(row: Row) -> _Key:
     return tuple(part for part in _whole(row)[-1:] if part.startswith("assistant:"))
 
 
-def _rows_are(count: int) -> str:
-    return "1 row is" if count == 1 else f"{count} rows are"
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _listed(pairs: Sequence[_Pair]) -> str:

@@ -69,6 +69,16 @@ class RowCollector:
         """Return whether the guarded optimizer has stepped in this window."""
         return self._state == "stepped"
 
+    @property
+    def alone(self) -> bool:
+        """Return whether gradients are taken to be complete on this process."""
+        return self._group is None
+
+    @property
+    def sharded(self) -> bool:
+        """Return whether every process is taken to hold a part of each parameter."""
+        return self._group is not None and self._averaging is None
+
     def update(
         self,
         loss: torch.Tensor,

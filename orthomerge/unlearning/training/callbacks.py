@@ -13,7 +13,7 @@ from orthomerge.errors import VerificationError
 from orthomerge.unlearning.training.keeping import Snapshot
 from orthomerge.unlearning.training.stopping import Reading, StopRule, Verdict
 
-__all__ = ["EpochCallback", "StepReport", "UnlearnCallback"]
+__all__ = ["StepReport", "UnlearnCallback"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,19 +58,6 @@ class StepReport:
         if self.verdict is not None and self.verdict.reason:
             facts["decision"] = self.verdict.reason
         return facts
-
-
-class EpochCallback(TrainerCallback):  # type: ignore[misc]
-    """Tell the data set which epoch it is; accelerate does so only with some samplers."""
-
-    def on_epoch_begin(
-        self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **_: Any
-    ) -> None:
-        """Tell it before the first batch is fetched."""
-        del args, control
-        dataset: Any = getattr(train_dataloader, "dataset", None)
-        if dataset is not None and hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(int(state.epoch or 0))
 
 
 class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
@@ -119,6 +106,8 @@ class UnlearnCallback(TrainerCallback):  # type: ignore[misc]
         reading = verdict = None
         if step % self._every == 0 or step >= state.max_steps:
             reading = self._measure(step)
+            if trainer.processes is not None:
+                reading = trainer.processes.first(reading)
             verdict = self.rule.judge(reading)
             self._obey(verdict, step, control)
         control.should_save = control.should_save and not control.should_training_stop

@@ -80,8 +80,8 @@ def estimate(request: UnlearnRequest, sets: PreparedSets) -> Estimate:
     """Estimate a run's memory and time from the model's configuration."""
     model = _hollow(request)
     parameters = sum(p.numel() for p in model.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in trained)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in trained.values())
     width = 4 if device_of(request.train) == "cpu" or request.adapter.kind == "full" else 2
     passes, rows = _passes(request, sets)
     tokens = request.train.batch_size * sets.forget.longest
@@ -139,12 +139,14 @@ def _every(request: UnlearnRequest) -> int:
     return request.stop.evaluate_every or max(1, request.train.max_steps // 100)
 
 
-def _projection_bytes(request: UnlearnRequest, trained: list[Any]) -> int:
+def _projection_bytes(request: UnlearnRequest, trained: dict[str, Any]) -> int:
     if request.projection is None:
         return 0
     from orthomerge.unlearning.projection import ProjectionSettings, plan_memory
 
-    plan = plan_memory(trained, ProjectionSettings(**request.projection))
+    settings = dict(request.projection)
+    scope = settings.pop("scope", None)
+    plan = plan_memory(trained, ProjectionSettings(**settings), scope=scope)
     return plan.device_bytes + plan.on_host
 
 
@@ -152,8 +154,7 @@ def _activations(config: Any, tokens: int, request: UnlearnRequest) -> int:
     width = 2 if precision_of(request.train) != "fp32" else 4
     hidden, layers = config.hidden_size, config.num_hidden_layers
     kept = 2 * hidden if request.train.gradient_checkpointing else 17 * hidden
-    count: int = tokens * (3 * 4 * config.vocab_size + layers * kept * width)
-    return count
+    return tokens * int(3 * 4 * config.vocab_size + layers * kept * width)
 
 
 def _reference_bytes(request: UnlearnRequest, model_bytes: int) -> int:

@@ -40,6 +40,16 @@ def check_model_folder(model: str) -> OrthoMergeError | None:
             file=model,
             remedy="Unlearning runs the model, so it needs the folder that transformers loads.",
         )
+    return _check_config(folder / "config.json")
+
+
+def _check_config(path: Path) -> OrthoMergeError | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return CheckpointError(f"cannot be read: {_first_line(error)}", file=path)
+    if not isinstance(found, dict):
+        return CheckpointError("is no model's configuration", file=path, expected="an object")
     return None
 
 
@@ -68,20 +78,28 @@ def load_model(model: str, adapter: AdapterSettings, train: TrainSettings) -> An
         CheckpointError: transformers cannot load it as a causal language model.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     stored = adapter.kind != "full" and device_of(train) != "cpu" and precision_of(train) != "fp32"
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model, dtype="auto" if stored else torch.float32
+        loaded, facts = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto" if stored else torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot be loaded as a causal language model: {_first_line(error)}",
             file=model,
             remedy="See what the folder holds with: orthomerge inspect",
         ) from error
-    loaded.config.use_cache = False
+    missing = sorted(facts["missing_keys"])
+    if missing:  # transformers has drawn them at random
+        raise CheckpointError(
+            f"lacks {len(missing)} of the tensors of its architecture",
+            file=model,
+            tensor=missing[0],
+            remedy="Is it the right config.json, and are all shards there? See: orthomerge inspect",
+        )
     return loaded
 
 
@@ -133,11 +151,26 @@ def device_of(train: TrainSettings) -> str:
     kind = train.device.partition(":")[0]
     if kind == "cuda" and not torch.cuda.is_available():
         raise RecipeError("there is no CUDA device", found=train.device, remedy="Use cpu or auto.")
+    number = train.device.partition(":")[2] or "0"
+    if number != "0":
+        raise RecipeError(
+            "the Trainer of transformers always takes the first CUDA device it sees",
+            found=train.device,
+            remedy=f"Set train.device to cuda, and CUDA_VISIBLE_DEVICES={number} around the run.",
+        )
     return kind
 
 
 def precision_of(train: TrainSettings) -> str:
-    """Return ``fp32``, ``bf16`` or ``fp16``."""
+    """Return ``fp32``, ``bf16`` or ``fp16``.
+
+    Raises:
+        RecipeError: fp16 is asked for on a CPU.
+    """
+    if train.precision == "fp16" and device_of(train) == "cpu":
+        raise RecipeError(
+            "fp16 needs a GPU", found="a CPU", remedy="Set train.precision to fp32 or bf16."
+        )
     if train.precision != "auto":
         return train.precision
     import torch

@@ -88,7 +88,9 @@ def score_rows(
             inputs = _moved(collate(batch), model)
             with _context(autocast):
                 logits = model(
-                    input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]
+                    input_ids=inputs["input_ids"],
+                    attention_mask=inputs["attention_mask"],
+                    use_cache=False,
                 ).logits
             S, n = sequence_losses(logits, inputs["labels"])
             totals.append(S.double().cpu())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from orthomerge.unlearning.objectives import Need
 from orthomerge.unlearning.training.loading import check_model_folder, load_tokenizer
 from orthomerge.unlearning.training.settings import UnlearnRequest
 
-__all__ = ["PreparedSets", "prepare_sets", "require_libraries"]
+__all__ = ["PreparedSets", "prepare_sets", "require_libraries", "require_one_process"]
 
 _FEWEST_CHECKED = 4  # retain rows below which none is kept from training
 _TOO_FEW = (
@@ -72,6 +73,22 @@ def require_libraries() -> None:
             raise MissingExtraError(package, "unlearn", "unlearning")
 
 
+def require_one_process() -> None:
+    """Refuse to run under a launcher of several processes, which would all write one output.
+
+    Raises:
+        RecipeError: There are several.
+    """
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count not in ("", "0", "1"):
+        raise RecipeError(
+            "a run of unlearning runs in one process",
+            found=f"WORLD_SIZE={count}",
+            remedy="Start it without a launcher; with UnlearnTrainer, a script of your own may "
+            "run in several.",
+        )
+
+
 def prepare_sets(request: UnlearnRequest) -> PreparedSets:
     """Read, check and tokenise the sets of a run.
 
@@ -79,6 +96,7 @@ def prepare_sets(request: UnlearnRequest) -> PreparedSets:
         OrthoMergeError: With everything that is wrong, found together.
     """
     require_libraries()
+    require_one_process()
     problems = _missing_sets(request)
     rows: dict[str, list[Row]] = {}
     for name in ("forget", "retain", "holdout"):
@@ -121,14 +139,14 @@ def _missing_sets(request: UnlearnRequest) -> list[OrthoMergeError]:
         problems.append(
             RecipeError(
                 "the objective weighs a retain loss, and there is no retain set",
-                remedy="Give --retain, or set retain_weight=0 to go without one.",
+                remedy="Give --retain, or --set retain_weight=0 to go without one.",
             )
         )
     if request.projection is not None:
         problems.append(
             RecipeError(
                 "the projection protects a retain set, and there is none",
-                remedy="Give --retain, or set projection=off.",
+                remedy="Give --retain, or --projection off.",
             )
         )
     return problems

@@ -12,13 +12,25 @@ from blake3 import blake3
 
 from orthomerge.checkpoints.destination import check_destination
 from orthomerge.checkpoints.json_text import json_text
+from orthomerge.checkpoints.reader import file_stats
 from orthomerge.checkpoints.staging import Staging
-from orthomerge.errors import BudgetError, RecipeError
+from orthomerge.errors import (
+    BudgetError,
+    OrthoMergeError,
+    OutputError,
+    RecipeError,
+    ResumeError,
+)
 from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.training.callbacks import StepReport
 from orthomerge.unlearning.training.checkpointing import latest_point
+from orthomerge.unlearning.training.failing import resources_told
 from orthomerge.unlearning.training.keeping import require_changed
-from orthomerge.unlearning.training.preparing import PreparedSets, prepare_sets
+from orthomerge.unlearning.training.preparing import (
+    PreparedSets,
+    prepare_sets,
+    require_one_process,
+)
 from orthomerge.unlearning.training.saving import LOG_NAME, StepLog, write_model
 from orthomerge.unlearning.training.sessions import Session
 from orthomerge.unlearning.training.settings import UnlearnRequest
@@ -73,21 +85,20 @@ def run_unlearning(
             finite; nothing changed; the disk is full. Nothing of the output stays then, except
             what ``resume`` continues from.
     """
+    require_one_process()
     check_request_output(request, overwrite=overwrite)
     sets = prepared or prepare_sets(request)
     identity = blake3(json_text(dict(request.record), indent=None).encode()).hexdigest()
-    staging = Staging(
-        request.output, identity, sets.fingerprints(), resume=resume, overwrite=overwrite
-    )
+    inputs = {"sets": sets.fingerprints(), "models": _models(request)}
+    staging = Staging(request.output, identity, inputs, resume=resume, overwrite=overwrite)
     try:
-        with quiet_libraries():
+        with resources_told(request.output), quiet_libraries():
             return _run(request, sets, staging, report or (lambda _: None))
-    except OSError as error:
-        raise BudgetError(
-            f"cannot be written: {error.strerror or error}",
-            file=request.output,
-            remedy="Free some space, then run the same command again with --resume.",
-        ) from error
+    except (BudgetError, OutputError, ResumeError):
+        raise  # what is there can be continued, or is not ours to remove
+    except OrthoMergeError:
+        staging.discard()  # the request has to change, so there is nothing to resume
+        raise
     finally:
         staging.close()
 
@@ -102,6 +113,17 @@ def check_request_output(request: UnlearnRequest, *, overwrite: bool) -> None:
         single_file=False,
         overwrite=overwrite,
     )
+
+
+def _models(request: UnlearnRequest) -> list[list[list[object]]]:
+    """Return name, size and time of every file of the models, as far as they are folders here."""
+    folders = [Path(model) for model in (request.model, request.stop.gold) if model]
+    kinds = (".json", ".safetensors", ".bin")
+    return [
+        file_stats(sorted(path for path in folder.iterdir() if path.suffix in kinds))
+        for folder in folders
+        if folder.is_dir()
+    ]
 
 
 def _run(
@@ -147,7 +169,7 @@ def _run(
     }  # fmt: skip
     names = write_model(
         staging.files,
-        session.model,
+        session.finished_model(),
         sets.tokenizer,
         provenance=_provenance(request, sets),
         report=content,

@@ -28,9 +28,8 @@ class StepLog:
     def __init__(self, path: Path, *, after: int = 0) -> None:
         kept = []
         if after and path.is_file():
-            lines = path.read_text("utf-8").splitlines()
-            kept = [line for line in lines if line.endswith("}")]
-            kept = [line for line in kept if json.loads(line)["step"] <= after]
+            lines = path.read_text("utf-8").split("\n")[:-1]  # after the last: nothing, or torn
+            kept = [line for line in lines if json.loads(line)["step"] <= after]
         self._path = path
         path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
 
@@ -62,8 +61,11 @@ def write_model(
     if adapter:
         for config in model.peft_config.values():
             config.base_model_name_or_path = name_or_path
-    else:
-        model.config.use_cache = True
+            for key, value in vars(config).items():
+                if isinstance(value, set):  # whose order differs from process to process
+                    setattr(config, key, sorted(value))
+    for stale in folder.iterdir():  # of an attempt that failed
+        stale.unlink()
     model.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     if not adapter:
@@ -72,6 +74,9 @@ def write_model(
     fsync_write(folder / REPORT_NAME, (json_text(report, indent=2) + "\n").encode())
     fsync_write(folder / LOG_NAME, log.encode())
     names = [path.name for path in folder.iterdir()]
+    usual = (folder / REPORT_NAME).stat().st_mode
+    for name in names:
+        (folder / name).chmod(usual)  # safetensors lets nobody else read what it writes
     _flush(folder / name for name in names)
     fsync_folder(folder)
     return names

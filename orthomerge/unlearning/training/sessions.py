@@ -54,6 +54,7 @@ class Session:
             model = load_model(request.model, request.adapter, request.train)
             self.model = with_adapter(model, request.adapter).to(self._device())
         self.start = Snapshot(self.model)  # before a point to resume from is loaded
+        self._caches = model.config.use_cache
         self._gold: SetScores | None = self._gold_scores()
         known = {"forget": sets.forget, "alternate": sets.alternate}
         self.reference = reference_for(
@@ -140,6 +141,11 @@ class Session:
         if projected != steps:
             raise RuntimeError(f"{projected} projections for {steps} optimizer steps")
 
+    def finished_model(self) -> Any:
+        """Return the model as it is to be written: the Trainer leaves use_cache switched off."""
+        self.model.config.use_cache = self._caches
+        return self.model
+
     def autocast(self) -> Any:
         """Return the context that forward passes run in."""
         precision = precision_of(self.request.train)
@@ -192,7 +198,7 @@ class Session:
 
         train, precision = self.request.train, precision_of(self.request.train)
         cpu = device_of(train) == "cpu"
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(work),
             max_steps=train.max_steps,
             per_device_train_batch_size=train.batch_size,
@@ -219,6 +225,9 @@ class Session:
             logging_strategy="no",
             disable_tqdm=True,
         )
+        if not cpu:
+            arguments._n_gpu = 1  # else every GPU of the machine gets a batch of its own
+        return arguments
 
 
 def _checkpointing(wanted: bool) -> dict[str, Any]:

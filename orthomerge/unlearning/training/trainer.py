@@ -18,8 +18,9 @@ from transformers import Trainer
 from orthomerge.errors import NumericalError, RecipeError
 from orthomerge.unlearning.objectives import Objective
 from orthomerge.unlearning.projection import RetainProjector
-from orthomerge.unlearning.training.callbacks import EpochCallback, UnlearnCallback
+from orthomerge.unlearning.training.callbacks import UnlearnCallback
 from orthomerge.unlearning.training.checkpointing import load_point, save_point
+from orthomerge.unlearning.training.distributing import Processes
 from orthomerge.unlearning.training.windows import window_shares
 
 __all__ = ["UnlearnTrainer"]
@@ -62,7 +63,6 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
         **options: Any,
     ) -> None:
         super().__init__(model=model, args=args, **options)
-        self.add_callback(EpochCallback())
         self.objective = objective
         self.reference = reference
         self.projector = projector
@@ -70,24 +70,29 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
         self._start_loss = start_loss
         self._shares: list[dict[str, float]] = []
         self.model_accepts_loss_kwargs = False
-        if self.is_deepspeed_enabled and projector is not None:
-            raise RecipeError(
-                "the projection does not run under DeepSpeed, which hides the gradients",
-                remedy="Use DDP or FSDP, or projection: off.",
-            )
+        several = self.accelerator.num_processes > 1
+        self.processes = Processes(self.accelerator) if several else None
+        self._require_supported()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """Make the optimizer and let the projector correct its steps."""
         first = self.projector is not None and not self.projector.attached
         optimizer = super().create_optimizer() if model is None else super().create_optimizer(model)
         if self.projector is not None and first:
+            self.projector.scaler = self.accelerator.scaler
             self.projector.attach(optimizer)
         return optimizer
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, *rest: Any) -> Any:
-        """Fetch the batches of one optimizer step, and what share of it each is."""
+        """Fetch the batches of one optimizer step, and what share of it each is.
+
+        The pairs of forget and retain rows change with the epoch. With several processes accelerate
+        tells it to the sampler only, so that is done here; nothing is fetched earlier in an epoch.
+        """
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.train_dataset.set_epoch(int(self.state.epoch or 0))
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, *rest)
-        self._shares = window_shares(self.objective, batches)
+        self._shares = window_shares(self.objective, batches, self.processes)
         self.parts = {}
         return batches, items
 
@@ -113,8 +118,9 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
             self.accelerator.backward(forget)
             with self.compute_loss_context_manager():
                 retain = self._retain_loss(model, inputs, share)
-            self._give_retain(retain, inputs)
+            self._give_retain(retain, inputs, share["retain"])
         if self.accelerator.sync_gradients:
+            self._agree()
             self.projector.project_(
                 retain_weight=self.objective.retain_weight,
                 forget_scale=self.objective.forget_weight,
@@ -154,16 +160,28 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
     def _plain_step(self, model: Any, inputs: Any) -> Tensor:
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, inputs)
-        self.accelerator.backward(loss)
+        with self._alone(model):
+            with self.compute_loss_context_manager():
+                loss: Tensor = self.compute_loss(model, inputs)
+            self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients and self.processes is not None:
+            self._agree()
+            self.processes.average_gradients(model.parameters())
         return loss.detach()
 
-    def _give_retain(self, retain: Tensor | None, inputs: Any) -> None:
+    def _agree(self) -> None:
+        """Let all processes have the losses of the whole window."""
+        if self.processes is not None:
+            names = sorted(self.parts)
+            means = self.processes.mean([self.parts[name] for name in names])
+            self.parts = dict(zip(names, means, strict=True))
+
+    def _give_retain(self, retain: Tensor | None, inputs: Any, share: float) -> None:
         assert self.projector is not None
         if retain is None:
             return
-        start = None if self._start_loss is None else self._start_loss(inputs["retain"])
+        # The loss is weighted by its share already, so what it is compared with must be, too.
+        start = None if self._start_loss is None else share * self._start_loss(inputs["retain"])
         self.projector.update(retain, start_loss=start, backward=self.accelerator.backward)
 
     def _share(self) -> dict[str, float]:
@@ -183,7 +201,10 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
 
     def _noted(self, name: str, loss: Tensor, share: float) -> Tensor:
         """Remember a loss, refuse one that is not finite, and weight it by its share."""
-        if not bool(torch.isfinite(loss)):
+        bad = not bool(torch.isfinite(loss))
+        if self.processes is not None:
+            bad = self.processes.any(bad)
+        if bad:
             raise NumericalError(
                 f"the {name} loss is not finite at step {self.state.global_step + 1}",
                 remedy="Lower train.learning_rate, or compute in bf16 or fp32.",
@@ -192,8 +213,28 @@ class UnlearnTrainer(Trainer):  # type: ignore[misc]
         self.parts[name] = self.parts.get(name, 0.0) + float(weighted.detach())
         return weighted
 
+    def _require_supported(self) -> None:
+        """Refuse ways to run in which gradients are not where the projection looks for them."""
+        projector = self.projector
+        if self.is_deepspeed_enabled and projector is not None:
+            raise RecipeError(
+                "the projection does not run under DeepSpeed, which hides the gradients",
+                remedy="Use DDP or FSDP, or projection: off.",
+            )
+        if self.processes is not None and projector is not None and projector.alone:
+            raise RecipeError(
+                "the projector does not know of the other processes",
+                found=f"{self.accelerator.num_processes} processes",
+                remedy="Make it with process_group=torch.distributed.group.WORLD.",
+            )
+        if self.is_fsdp_enabled and projector is not None and not projector.sharded:
+            raise RecipeError(
+                "under FSDP every process holds a part of each parameter",
+                remedy="Make the projector with sharded=True, after the model is sharded.",
+            )
+
     def _alone(self, model: Any) -> Any:
-        """Keep DDP from averaging: the projector does it, once, for both gradients."""
+        """Keep DDP from averaging while it is run twice: it is done once, for both gradients."""
         if isinstance(model, torch.nn.parallel.DistributedDataParallel):
             return model.no_sync()
         return contextlib.nullcontext()

@@ -63,7 +63,7 @@ def test_a_row_of_two_sets_is_refused_with_both_places(same, name) -> None:
     sets[name] = [*sets[name], same]
     (problem,) = check_sets(FORGET, **sets)
     assert isinstance(problem, DataError)
-    assert problem.problem == f"1 row is of the forget set also in the {name} set"
+    assert problem.problem == f"the forget set shares 1 row with the {name} set"
     assert problem.found == "f:1 = x:9"
 
 
@@ -79,7 +79,7 @@ def test_the_first_five_places_are_shown_and_all_counted() -> None:
     forget = [qa(f"f:{i}", f"Question {i}?", "x") for i in range(8)]
     retain = [replace(row, where=f"r:{row.where[2:]}") for row in reversed(forget[1:])]
     (problem,) = check_sets(forget, retain)
-    assert problem.problem.startswith("7 rows are")
+    assert problem.problem == "the forget set shares 7 rows with the retain set"
     assert problem.found == "; ".join([*(f"f:{i} = r:{i}" for i in range(1, 6)), "and 2 more"])
 
 
@@ -91,7 +91,7 @@ def test_all_problems_come_together() -> None:
         "the retain set is empty",
         "h:2: its weight is -1.0, not a finite number above zero",
         "h:2: its answer is empty",
-        "2 rows are of the forget set also in the holdout set",
+        "the forget set shares 2 rows with the holdout set",
     ]
 
 
@@ -108,19 +108,19 @@ def test_what_may_be_meant_is_noted() -> None:
     assert check_sets(forget, retain, holdout) == []
     notes = {note.text: (note.count, note.places) for note in set_notes(forget, retain, holdout)}
     assert notes == {
-        "1 row is of the forget set there more than once": (1, ("f:3 = f:1",)),
-        "1 row is of the retain set there more than once": (1, ("r:5 = r:1",)),
+        "the forget set repeats 1 row": (1, ("f:3 = f:1",)),
+        "the retain set repeats 1 row": (1, ("r:5 = r:1",)),
         "the retain set has columns that are not read: 'topic', 'url'": (1, ()),
         "the retain set weights its rows": (1, ("r:6",)),
-        "2 rows are of the forget set answered differently in the retain set": (
+        "the forget and the retain set answer 2 questions differently": (
             2,
             ("f:1 = r:3", "f:3 = r:3"),
         ),
-        "1 row is of the forget set the answer to another question in the retain set": (
+        "the forget and the retain set share 1 answer to different questions": (
             1,
             ("f:2 = r:4",),
         ),
-        "1 row is of the retain set also in the holdout, which is then no set of unseen rows": (
+        "the retain set shares 1 row with the holdout, which is then no set of unseen rows": (
             1,
             ("r:2 = h:2",),
         ),
