@@ -46,12 +46,13 @@ class Point:
 def points(*, quick: bool) -> dict[str, list[Point]]:
     """Return the points of each series."""
     hidden = 64 if quick else SHAPES["layer"].hidden
+    methods = ("do-merging", "svd") if quick else _METHODS
     counts, ranks = ((2, 4), (4, 8)) if quick else ((2, 4, 8, 16, 32), (8, 16, 32, 64, 128))
     sizes = (hidden, 2 * hidden) if quick else (hidden // 4, hidden // 2, hidden, 2 * hidden)
     return {
-        "adapters": [Point(m, n, 16, hidden) for m in _METHODS for n in counts],
-        "rank": [Point(m, 4, r, hidden) for m in _METHODS for r in ranks],
-        "hidden": [Point(m, 4, 16, h) for m in _METHODS for h in sizes],
+        "adapters": [Point(m, n, 16, hidden) for m in methods for n in counts],
+        "rank": [Point(m, 4, r, hidden) for m in methods for r in ranks],
+        "hidden": [Point(m, 4, 16, h) for m in methods for h in sizes],
     }
 
 

@@ -59,7 +59,9 @@ def _settings(name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
 
     from orthomerge.unlearning.projection import preset
 
-    found = preset(name, **{key: _types()[key].validate_python(v) for key, v in changes.items()})
+    found = preset(
+        name, **{key: _types()[key].validate_python(v, strict=True) for key, v in changes.items()}
+    )
     if isinstance(found.get("row_dtype"), str):
         found["row_dtype"] = getattr(torch, found["row_dtype"])
     return found
@@ -105,7 +107,7 @@ def _of_single_values(
             yield key, UnknownNameError("setting of the projection", key, types)
             continue
         try:
-            types[key].validate_python(value)
+            types[key].validate_python(value, strict=True)
         except ValidationError as error:
             message = error.errors()[0]["msg"]
             yield key, RecipeError(f"projection.{key}: {message}", found=repr(value))

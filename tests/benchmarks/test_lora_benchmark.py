@@ -107,6 +107,7 @@ def test_the_traffic_floor_writes_what_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_lora_writes_every_field(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, str(BENCHMARKS / "lora.py"), "--quick", "--data", str(tmp_path)]

@@ -298,6 +298,8 @@ def test_tables_say_what_was_measured() -> None:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_the_program_runs_small(tmp_path: Path) -> None:
     """Three runs of four steps in a world of ten authors; their numbers are not judged."""
     result = tmp_path / "result.json"
