@@ -30,7 +30,7 @@ _GRANULARITIES = ("per-tensor", "per-layer", "global")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionSettings:
-    """How a projector protects; the defaults are what measurements favoured.
+    """How a projector protects.
 
     Attributes:
         mode: Stage A: ``"hard"`` removes everything that moves a protected loss, ``"cone"`` what
