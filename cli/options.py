@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +32,7 @@ __all__ = [
     "Weights",
     "Workers",
     "gather_recipe",
+    "with_options",
 ]
 
 
@@ -122,15 +124,14 @@ def gather_recipe(
     Options win over the file; ``--set`` wins over both. Option names are dotted recipe keys with
     ``__`` for the dot.
     """
-    from orthomerge.errors import RecipeError
     from orthomerge.recipe.loader import recipe_from_data
-    from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+    from orthomerge.recipe.yaml_positions import Document, load_recipe_file
 
     if recipe is None and not models:
         raise typer.BadParameter("Give models to merge, or --recipe FILE.")
-    document = load_yaml_file(recipe) if recipe else Document({}, "command line")
-    if not isinstance(document.data, dict):
-        raise RecipeError("a recipe is a mapping with at least the key models", file=recipe)
+    document = Document({}, "command line")
+    if recipe:
+        document = load_recipe_file(recipe, keys="key models")
     data = dict(document.data)
     if models:
         data["models"] = [{"path": model} for model in models]
@@ -143,13 +144,19 @@ def gather_recipe(
         data["models"] = [{**e, "weight": w} for e, w in zip(entries, weights, strict=True)]
     if no_provenance:
         options["output__provenance"] = False
+    document.data = with_options(data, options)
+    return recipe_from_data(document, settings or [])
+
+
+def with_options(data: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's data with the options that were given, by dotted keys with ``__``."""
+    result = dict(data)
     for name, value in options.items():
         if value is not None:
             *parents, key = name.split("__")
-            target = data
+            target = result
             for parent in parents:
                 target[parent] = dict(target.get(parent) or {})
                 target = target[parent]
             target[key] = value
-    document.data = data
-    return recipe_from_data(document, settings or [])
+    return result

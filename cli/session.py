@@ -7,8 +7,10 @@ Exit codes: 0 ok, 1 bug, 2 usage, 3 checkpoint or adapter, 4 recipe, 5 numerical
 from __future__ import annotations
 
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +24,7 @@ __all__ = [
     "Session",
     "print_json",
     "printable",
-    "resume_command",
+    "resumable",
     "run_guarded",
     "say",
 ]
@@ -86,10 +88,26 @@ def print_json(content: Any) -> None:
     typer.echo(json_text(content))
 
 
-def resume_command() -> str:
-    """Return the command line that continues this one."""
-    arguments = [a for a in sys.argv[1:] if a != "--resume"]
-    return shlex.join(["orthomerge", *arguments, "--resume"])
+@contextmanager
+def resumable(*stops: type[BaseException]) -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, and say then how the command is continued.
+
+    Args:
+        stops: What else the block raises when it has been interrupted.
+    """
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    interruptions: tuple[type[BaseException], ...] = (KeyboardInterrupt, *stops)
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except interruptions:
+        arguments = [a for a in sys.argv[1:] if a != "--resume"]
+        command = shlex.join(["orthomerge", *arguments, "--resume"])
+        say(f"interrupted. Continue with: {command}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 def _report(error: OrthoMergeError) -> int:

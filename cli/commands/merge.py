@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from orthomerge_cli import options as opt
-from orthomerge_cli.session import INTERRUPTED, print_json, resume_command, say
+from orthomerge_cli.session import print_json, resumable
 
 if TYPE_CHECKING:
     from orthomerge.merging.plan import Plan
@@ -136,17 +135,10 @@ def _run(plan: Plan, *, resume: bool, overwrite: bool, show: bool) -> MergeResul
     gc.freeze()  # what the imports left is here to stay
     gc.enable()
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
+    with resumable(Interrupted):
         if not show or not sys.stderr.isatty():
             return run_plan(plan, resume=resume, overwrite=overwrite)
         from orthomerge_cli.progress import byte_progress
 
         with byte_progress(plan.read_bytes, "merging") as advance:
             return run_plan(plan, resume=resume, overwrite=overwrite, advance=advance)
-    except (Interrupted, KeyboardInterrupt):
-        say(f"interrupted. Continue with: {resume_command()}", err=True)
-        raise typer.Exit(INTERRUPTED) from None

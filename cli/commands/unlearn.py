@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from orthomerge_cli.options import Json, Set
-from orthomerge_cli.session import INTERRUPTED, print_json, resume_command, say
+from orthomerge_cli.options import Json, Set, with_options
+from orthomerge_cli.session import print_json, resumable
 
 if TYPE_CHECKING:
     from orthomerge.recipe.unlearning_schema import UnlearnRecipe
@@ -96,24 +95,15 @@ def unlearn(
 
 def _gather(recipe: Path | None, settings: list[str], **options: Any) -> UnlearnRecipe:
     """Combine a recipe file and options; options win, and ``--set`` wins over both."""
-    from orthomerge.errors import RecipeError
     from orthomerge.recipe.unlearning import unlearning_from_data
-    from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+    from orthomerge.recipe.yaml_positions import Document, load_recipe_file
 
-    given = {name: value for name, value in options.items() if value is not None}
-    if recipe is None and "model" not in given:
+    if recipe is None and options["model"] is None:
         raise typer.BadParameter("Give a recipe, or --model, --forget, --retain and --output.")
-    document = load_yaml_file(recipe) if recipe else Document({}, "command line")
-    if not isinstance(document.data, dict):
-        raise RecipeError("a recipe is a mapping with at least the key model", file=recipe)
-    data = dict(document.data)
-    for name, value in given.items():
-        first, _, inner = name.partition("__")
-        if inner:
-            data[first] = {**(data.get(first) or {}), inner: value}
-        else:
-            data[first] = value
-    document.data = data
+    document = Document({}, "command line")
+    if recipe:
+        document = load_recipe_file(recipe, keys="key model")
+    document.data = with_options(document.data, options)
     return unlearning_from_data(document, settings)
 
 
@@ -133,11 +123,9 @@ def _dry_run(request: UnlearnRequest, *, overwrite: bool, as_json: bool) -> None
 def _check(request: UnlearnRequest, *, as_json: bool) -> None:
     from orthomerge_cli.unlearning_text import print_checkup
 
-    from orthomerge.quiet import quiet_libraries
     from orthomerge.unlearning.training import check_run, prepare_sets
 
-    with quiet_libraries():
-        found = check_run(request, prepare_sets(request))
+    found = check_run(request, prepare_sets(request))
     if as_json:
         return print_json(found.as_dict())
     print_checkup(found)
@@ -157,15 +145,7 @@ def _run(request: UnlearnRequest, *, resume: bool, overwrite: bool, show: bool) 
     if show:
         announce(request, sets)
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
-    try:
-        with step_progress(request.train.max_steps, show=show) as report:
-            return run_unlearning(
-                request, resume=resume, overwrite=overwrite, prepared=sets, report=report
-            )
-    except KeyboardInterrupt:
-        say(f"interrupted. Continue with: {resume_command()}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+    with resumable(), step_progress(request.train.max_steps, show=show) as report:
+        return run_unlearning(
+            request, resume=resume, overwrite=overwrite, prepared=sets, report=report
+        )

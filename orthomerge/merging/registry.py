@@ -7,15 +7,12 @@ the docs table) is read from the entry, which is read from the function's signat
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from orthomerge.errors import UnknownNameError
+from orthomerge.catalogue import find_entry, import_entries
 from orthomerge.merging.spaces import Space
 from orthomerge.parameters import Parameter, declared_parameters
 
@@ -248,11 +245,7 @@ def merge_method(
 @functools.cache
 def _load_all() -> None:
     """Import every built-in method and every installed plug-in, once."""
-    package = importlib.import_module("orthomerge.merging.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    for entry_point in entry_points(group=_ENTRY_POINTS):
-        entry_point.load()
+    import_entries("orthomerge.merging.methods", _ENTRY_POINTS)
 
 
 def all_methods() -> dict[str, MergeMethod]:
@@ -267,8 +260,4 @@ def get_method(name: str) -> MergeMethod:
     Raises:
         UnknownNameError: With the nearest name.
     """
-    methods = all_methods()
-    name = _ALIASES.get(name, name)
-    if name not in methods:
-        raise UnknownNameError("method", name, [*methods, *_ALIASES])
-    return methods[name]
+    return find_entry("method", name, all_methods(), _ALIASES)

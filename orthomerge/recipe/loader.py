@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orthomerge.errors import OrthoMergeError, RecipeError, UnknownNameError, combined
+from orthomerge.errors import OrthoMergeError, UnknownNameError, combined
 from orthomerge.merging.planning.checks import check_parameters
 from orthomerge.merging.registry import MergeMethod, get_method
 from orthomerge.recipe.schema import MergeRecipe
 from orthomerge.recipe.validation import apply_settings, validated
-from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+from orthomerge.recipe.yaml_positions import Document, load_recipe_file
 
 __all__ = ["check_recipe", "load_recipe", "recipe_from_data"]
 
@@ -30,14 +30,8 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> MergeRecipe:
         RecipeError: One thing is wrong.
         ProblemsError: Several things are wrong.
     """
-    document = load_yaml_file(path)
-    if not isinstance(document.data, dict):
-        raise RecipeError(
-            "a recipe is a mapping with at least the key models",
-            file=path,
-            remedy="Start from one with: orthomerge init ties",
-        )
-    return recipe_from_data(document, settings)
+    remedy = "Start from one with: orthomerge init ties"
+    return recipe_from_data(load_recipe_file(path, keys="key models", remedy=remedy), settings)
 
 
 def recipe_from_data(document: Document, settings: Sequence[str] = ()) -> MergeRecipe:

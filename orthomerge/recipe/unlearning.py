@@ -16,7 +16,7 @@ from orthomerge.errors import (
 from orthomerge.recipe.unlearning_projection import projection_settings
 from orthomerge.recipe.unlearning_schema import ObjectiveOptions, UnlearnRecipe
 from orthomerge.recipe.validation import apply_settings, validated
-from orthomerge.recipe.yaml_positions import Document, load_yaml_file
+from orthomerge.recipe.yaml_positions import Document, load_recipe_file
 from orthomerge.unlearning.objectives import get_objective
 
 if TYPE_CHECKING:
@@ -35,14 +35,8 @@ def load_unlearning(path: Path, settings: Sequence[str] = ()) -> UnlearnRecipe:
         RecipeError: One thing is wrong.
         ProblemsError: Several things are wrong.
     """
-    document = load_yaml_file(path)
-    if not isinstance(document.data, dict):
-        raise RecipeError(
-            "a recipe is a mapping with at least the keys model and forget",
-            file=path,
-            remedy="Start from one of recipes/unlearning.",
-        )
-    return unlearning_from_data(document, settings)
+    keys, remedy = "keys model and forget", "Start from one of recipes/unlearning."
+    return unlearning_from_data(load_recipe_file(path, keys=keys, remedy=remedy), settings)
 
 
 def unlearning_from_data(document: Document, settings: Sequence[str] = ()) -> UnlearnRecipe:

@@ -14,7 +14,7 @@ import yaml
 
 from orthomerge.errors import OrthoMergeError, RecipeError, combined
 
-__all__ = ["Document", "load_yaml", "load_yaml_file", "parse_value"]
+__all__ = ["Document", "load_recipe_file", "load_yaml", "load_yaml_file", "parse_value"]
 
 _MAX_NODES = 100_000
 _PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
@@ -85,6 +85,24 @@ def load_yaml_file(path: Path) -> Document:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"cannot be read: {reason}", file=path) from error
     return load_yaml(text, str(path))
+
+
+def load_recipe_file(path: Path, *, keys: str, remedy: str | None = None) -> Document:
+    """Parse a YAML file that must be a mapping.
+
+    Args:
+        path: The file.
+        keys: Which keys it needs at least, for the message: "key models".
+        remedy: What to do if it is something else.
+
+    Raises:
+        RecipeError: It cannot be read, is not valid, or is no mapping.
+    """
+    document = load_yaml_file(path)
+    if not isinstance(document.data, dict):
+        problem = f"a recipe is a mapping with at least the {keys}"
+        raise RecipeError(problem, file=path, remedy=remedy)
+    return document
 
 
 class _Loader(yaml.SafeLoader):

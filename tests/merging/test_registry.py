@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from orthomerge import catalogue
 from orthomerge.errors import RecipeError, UnknownNameError
 from orthomerge.merging import registry
 from orthomerge.merging.parameters import NestedLoraMethod, NestedMethod, NestedParameter
@@ -104,6 +105,6 @@ def test_entry_points_are_loaded(monkeypatch) -> None:
         def load(self):
             loaded.append(True)
 
-    monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint()])
+    monkeypatch.setattr(catalogue, "entry_points", lambda group: [EntryPoint()])
     registry._load_all.__wrapped__()
     assert loaded == [True]

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import enum
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from orthomerge.errors import UnknownNameError
+from orthomerge.catalogue import find_entry, import_entries
 from orthomerge.parameters import Parameter, declared_parameters
 
 if TYPE_CHECKING:
@@ -210,11 +207,7 @@ def _require_sound(info: ObjectiveInfo) -> None:
 @functools.cache
 def _load_all() -> None:
     """Import every built-in objective and every installed plug-in, once."""
-    package = importlib.import_module("orthomerge.unlearning.objectives.losses")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"{package.__name__}.{module.name}")
-    for entry_point in entry_points(group=_ENTRY_POINTS):
-        entry_point.load()
+    import_entries("orthomerge.unlearning.objectives.losses", _ENTRY_POINTS)
 
 
 def all_objectives() -> dict[str, ObjectiveInfo]:
@@ -232,8 +225,4 @@ def get_objective(name: str) -> ObjectiveInfo:
     >>> get_objective("idk-dpo").name
     'dpo'
     """
-    objectives = all_objectives()
-    name = _ALIASES.get(name, name)
-    if name not in objectives:
-        raise UnknownNameError("objective", name, [*objectives, *_ALIASES])
-    return objectives[name]
+    return find_entry("objective", name, all_objectives(), _ALIASES)

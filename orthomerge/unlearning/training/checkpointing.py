@@ -14,7 +14,7 @@ import torch
 
 from orthomerge.errors import ResumeError
 
-__all__ = ["latest_point", "load_point", "save_point"]
+__all__ = ["latest_point", "load_point", "save_point", "step_of"]
 
 _FILE = "orthomerge.pt"
 
@@ -54,8 +54,9 @@ def latest_point(work: Path) -> Path | None:
             found.append(folder)
         else:
             shutil.rmtree(folder, ignore_errors=True)
-    return max(found, key=_step, default=None)
+    return max(found, key=step_of, default=None)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """Return the step that a checkpoint folder was saved after."""
     return int(folder.name.rpartition("-")[2])

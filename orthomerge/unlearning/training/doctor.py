@@ -5,12 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orthomerge.errors import RecipeError
-from orthomerge.unlearning.data import PairedRows, collate
+from orthomerge.quiet import quiet_libraries
+from orthomerge.unlearning.data import collate
+from orthomerge.unlearning.training.measuring import moved
 from orthomerge.unlearning.training.preparing import PreparedSets
 from orthomerge.unlearning.training.settings import UnlearnRequest
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from orthomerge.unlearning.projection import Checkup
+    from orthomerge.unlearning.training.sessions import Session
 
 __all__ = ["check_run"]
 
@@ -27,9 +32,10 @@ def check_run(request: UnlearnRequest, sets: PreparedSets) -> Checkup:
 
     if sets.retain is None:
         raise RecipeError("the projection is tried on a retain set", remedy="Give --retain.")
-    session = Session(request, sets)
+    with quiet_libraries():
+        session = Session(request, sets)
     model, objective = session.model.eval(), request.objective
-    batch = _first_batch(request, sets, next(model.parameters()).device)
+    batch = _first_batch(session)
 
     def loss(part: str) -> Any:
         def value() -> Any:
@@ -43,17 +49,8 @@ def check_run(request: UnlearnRequest, sets: PreparedSets) -> Checkup:
     return check_projection(model, loss("forget"), loss("retain"), scope=scope)
 
 
-def _first_batch(request: UnlearnRequest, sets: PreparedSets, device: Any) -> Any:
-    pairs = PairedRows(
-        sets.forget,
-        sets.retain,
-        seed=request.train.seed,
-        alternate=sets.alternate,
-        retain_per_forget=request.data.retain_per_forget,
-    )
-    count = min(request.train.batch_size, len(pairs))
-    batch = collate(sets.pad_token_id)([pairs[i] for i in range(count)])
-    return {
-        part: {name: tensor.to(device) for name, tensor in tensors.items()}
-        for part, tensors in batch.items()
-    }
+def _first_batch(session: Session) -> dict[str, dict[str, Tensor]]:
+    pairs = session.pairs()
+    count = min(session.request.train.batch_size, len(pairs))
+    batch = collate(session.sets.pad_token_id)([pairs[i] for i in range(count)])
+    return {part: moved(rows, session.model) for part, rows in batch.items()}

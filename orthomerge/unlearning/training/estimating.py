@@ -86,7 +86,7 @@ def estimate(request: UnlearnRequest, sets: PreparedSets) -> Estimate:
     passes, rows = _passes(request, sets)
     tokens = request.train.batch_size * sets.forget.longest
     operations = passes * 6 * parameters * tokens * request.train.accumulation
-    operations += 2 * parameters * rows * sets.forget.longest / _every(request)
+    operations += 2 * parameters * rows * sets.forget.longest / request.measured_every
     return Estimate(
         parameters=parameters,
         trained=count,
@@ -133,10 +133,6 @@ def bank_rows(request: UnlearnRequest, sets: PreparedSets) -> int:
         return 0
     most: int = request.bank_rows
     return min(len(sets.retain), most)
-
-
-def _every(request: UnlearnRequest) -> int:
-    return request.stop.evaluate_every or max(1, request.train.max_steps // 100)
 
 
 def _projection_bytes(request: UnlearnRequest, trained: dict[str, Any]) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 from orthomerge.errors import NumericalError
 from orthomerge.unlearning.data import TokenisedSet, collate_rows
 from orthomerge.unlearning.objectives import sequence_losses
+from orthomerge.unlearning.objectives.reference import reference_pass
 
 if TYPE_CHECKING:
     from orthomerge.unlearning.training.settings import StopSettings
 
-__all__ = ["SetScores", "evaluating", "score_rows"]
+__all__ = ["SetScores", "moved", "rows_measured", "score_rows"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def score_rows(
     pad_token_id: int,
     batch_size: int,
     rows: Sequence[int] | None = None,
-    autocast: Any = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> SetScores:
     """Return the loss of every row of a set under a model, in evaluation mode.
 
@@ -83,10 +84,11 @@ def score_rows(
     collate = collate_rows(pad_token_id)
     chosen = list(range(len(data))) if rows is None else list(rows)
     totals, counts = [], []
-    with evaluating(model):
-        for batch in _batches(data, chosen, batch_size):
-            inputs = _moved(collate(batch), model)
-            with _context(autocast):
+    with reference_pass(model):
+        for start in range(0, len(chosen), batch_size):
+            batch = collate([data[row] for row in chosen[start : start + batch_size]])
+            inputs = moved(batch, model)
+            with autocast():
                 logits = model(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
@@ -106,44 +108,13 @@ def score_rows(
     return scores
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Put a model into evaluation mode without gradients, and back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
-
-
-def spread(count: int, most: int) -> list[int]:
-    """Return at most ``most`` positions, evenly spread over ``count``."""
-    if count <= most:
-        return list(range(count))
+def rows_measured(data: TokenisedSet, stop: StopSettings) -> list[int]:
+    """Return which rows of a set are measured during training: ``stop.rows``, evenly spread."""
+    count, most = len(data), min(len(data), stop.rows)
     return [position * count // most for position in range(most)]
 
 
-def rows_measured(data: TokenisedSet, stop: StopSettings) -> list[int]:
-    """Return which rows of a set are measured during training."""
-    return spread(len(data), stop.rows)
-
-
-def _batches(data: TokenisedSet, rows: Sequence[int], size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, len(rows), size):
-        yield [{**data[row], "row": row} for row in rows[start : start + size]]
-
-
-def _moved(batch: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+def moved(batch: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Return a batch of rows where the model is."""
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def _context(autocast: Any) -> Iterator[None]:
-    if autocast is None:
-        yield
-    else:
-        with autocast():
-            yield

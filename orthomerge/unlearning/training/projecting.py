@@ -10,6 +10,7 @@ from orthomerge.unlearning.data import TokenisedSet, collate_rows
 from orthomerge.unlearning.objectives import Objective
 from orthomerge.unlearning.projection import RetainProjector
 from orthomerge.unlearning.training.estimating import bank_rows
+from orthomerge.unlearning.training.measuring import moved
 from orthomerge.unlearning.training.preparing import PreparedSets
 from orthomerge.unlearning.training.settings import UnlearnRequest
 
@@ -62,11 +63,9 @@ class _Losses:
         """Return a callable that yields (loss, weight) for these rows."""
 
         def losses() -> Iterator[tuple[Any, float]]:
-            device = next(self._model.parameters()).device
             for start in range(0, len(rows), self._size):
                 batch = self._collate([self._set[i] for i in rows[start : start + self._size]])
-                batch = {name: tensor.to(device) for name, tensor in batch.items()}
-                whole = {"retain": batch}
+                whole = {"retain": moved(batch, self._model)}
                 with self._autocast():
                     loss = self._objective.retain_loss(self._model, self._reference, whole)
                 yield loss, float(self._objective.retain_count(whole))

@@ -23,7 +23,7 @@ from orthomerge.errors import (
 )
 from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.training.callbacks import StepReport
-from orthomerge.unlearning.training.checkpointing import latest_point
+from orthomerge.unlearning.training.checkpointing import latest_point, step_of
 from orthomerge.unlearning.training.failing import resources_told
 from orthomerge.unlearning.training.keeping import require_changed
 from orthomerge.unlearning.training.preparing import (
@@ -138,7 +138,7 @@ def _run(
     before = session.measure_all()
     level = session.level(before)
     _require_memorised(before, level, request)
-    log = StepLog(staging.work / LOG_NAME, after=_step_of(point))
+    log = StepLog(staging.work / LOG_NAME, after=0 if point is None else step_of(point))
     callback = session.callback(before, level, functools.partial(_told, log, report))
     trainer = session.trainer(staging.work, callback)
     if point is not None:
@@ -207,7 +207,3 @@ def _provenance(request: UnlearnRequest, sets: PreparedSets) -> dict[str, Any]:
         "recipe": dict(request.record),
         "sets": sets.fingerprints(),
     }
-
-
-def _step_of(point: Path | None) -> int:
-    return 0 if point is None else int(point.name.rpartition("-")[2])

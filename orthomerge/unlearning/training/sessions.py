@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from orthomerge.quiet import quiet_libraries
 from orthomerge.unlearning.data import PairedRows, TokenisedSet, collate
 from orthomerge.unlearning.objectives import reference_for
 from orthomerge.unlearning.training.callbacks import StepReport, UnlearnCallback
@@ -49,10 +48,9 @@ class Session:
 
         self.request, self.sets = request, sets
         self.notes: list[str] = []
-        with quiet_libraries():
-            set_seed(request.train.seed)
-            model = load_model(request.model, request.adapter, request.train)
-            self.model = with_adapter(model, request.adapter).to(self._device())
+        set_seed(request.train.seed)
+        model = load_model(request.model, request.adapter, request.train)
+        self.model = with_adapter(model, request.adapter).to(self._device())
         self.start = Snapshot(self.model)  # before a point to resume from is loaded
         self._caches = model.config.use_cache
         self._gold: SetScores | None = self._gold_scores()
@@ -103,30 +101,32 @@ class Session:
         rule = StopRule(
             level, stop.tolerance, stop.max_retain_rise, Reading(0, before["forget"].loss, retain)
         )
-        every = stop.evaluate_every or max(1, self.request.train.max_steps // 100)
+        every = self.request.measured_every
         return UnlearnCallback(self._reading, rule, self.start, every=every, report=report)
+
+    def pairs(self) -> PairedRows:
+        """Return what is trained on: every forget row with the retain rows of its step."""
+        return PairedRows(
+            self.sets.forget,
+            self.sets.retain,
+            seed=self.request.train.seed,
+            alternate=self.sets.alternate,
+            retain_per_forget=self.request.data.retain_per_forget,
+        )
 
     def trainer(self, work: Path, callback: UnlearnCallback) -> UnlearnTrainer:
         """Return the trainer, with its points to resume from in ``work``."""
         from transformers import PrinterCallback
 
-        request, sets = self.request, self.sets
-        pairs = PairedRows(
-            sets.forget,
-            sets.retain,
-            seed=request.train.seed,
-            alternate=sets.alternate,
-            retain_per_forget=request.data.retain_per_forget,
-        )
         trainer = UnlearnTrainer(
             self.model,
             self._arguments(work),
-            objective=request.objective,
+            objective=self.request.objective,
             reference=self.reference,
             projector=self.projector,
             start_loss=self._start_loss(),
-            train_dataset=pairs,
-            data_collator=collate(sets.pad_token_id),
+            train_dataset=self.pairs(),
+            data_collator=collate(self.sets.pad_token_id),
             callbacks=[callback],
         )
         trainer.remove_callback(PrinterCallback)
@@ -182,8 +182,7 @@ class Session:
         stop = self.request.stop
         if stop.gold is None or stop.level != "auto":
             return None
-        with quiet_libraries():
-            gold = load_model(stop.gold, self.request.adapter, self.request.train)
+        gold = load_model(stop.gold, self.request.adapter, self.request.train)
         scores = self._scores(self.sets.forget, gold.to(self._device()))
         del gold
         gc.collect()

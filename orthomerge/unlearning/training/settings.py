@@ -147,3 +147,8 @@ class UnlearnRequest:
     stop: StopSettings
     output: Path
     record: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between measurements."""
+        return self.stop.evaluate_every or max(1, self.train.max_steps // 100)

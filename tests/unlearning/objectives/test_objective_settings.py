@@ -9,6 +9,7 @@ import pytest
 import torch
 from objective_cases import tiny_gpt2, tiny_llama, unlearning_batch
 
+from orthomerge import catalogue
 from orthomerge.errors import NumericalError, ProblemsError, RecipeError, UnknownNameError
 from orthomerge.unlearning.objectives import Need, all_objectives, get_objective, registry
 
@@ -140,7 +141,7 @@ def test_entry_points_are_loaded(monkeypatch) -> None:
         assert group == "orthomerge.unlearning_objectives"
         return [EntryPoint()]
 
-    monkeypatch.setattr(registry, "entry_points", installed)
+    monkeypatch.setattr(catalogue, "entry_points", installed)
     registry._load_all.__wrapped__()
     assert loaded == [True]
 
